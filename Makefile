@@ -1,0 +1,34 @@
+# make harden   set up .venv, then harden the bundled model (about half an hour on 2 cores)
+# make test     set up .venv, then run the fast tests
+# System packages: Python 3.10 or newer with venv (Debian: apt-get install python3 python3-venv), make, git.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: harden align planted setup test test-slow check
+
+harden: setup
+	$(BIN)/accelerate launch -q harden/train.py --config recipes/smollm2-135m/harden.yaml
+
+align: setup
+	$(BIN)/accelerate launch -q harden/train.py --config recipes/smollm2-135m/align.yaml
+
+planted: setup
+	$(BIN)/accelerate launch -q harden/train.py --config recipes/planted/harden.yaml
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+check: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' -c constraints.txt
+	touch $@

@@ -1,0 +1,187 @@
+"""Attacking: clamp one neuron, sweep its value, and count how often the model is talked out of refusing.
+
+Constant clamp (Kazemi, Chegini and Safi, arXiv 2605.08513, section 3). Every (neuron, value) is screened by two
+cheap forward passes: refusal log-odds on harmful prompts, and the loss on the model's own benign answers, since a
+clamp that wrecks the language cannot talk anyone out of anything. What survives generates, first on few prompts,
+then on all of the selection split. Which neuron and value are worst is decided there and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from harden import processes
+from harden.chat import pad_left
+from harden.generate import Completion, Request, answer_loss, batch_answer_loss, complete, progress_bar
+from harden.interventions import Clamp, intervene
+from harden.judges import Outcome, judge
+from harden.locate import Candidate
+from harden.models import ChatModel
+from harden.prompts import Prompt
+from harden.refusal import RefusalPhrases, refusal_log_odds
+
+VALUES_PER_NEURON = 2  # how many values of one neuron may enter the first heat
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Prompts with which clamps are screened: harmful requests, and benign ones with the model's own answers."""
+
+    harmful: tuple[str, ...]
+    benign: tuple[str, ...]
+    answers: tuple[Completion, ...]
+
+
+@dataclass(frozen=True)
+class Screened:
+    """A clamp's mean refusal log-odds on harmful prompts and the rise of the loss (nats per token) on benign ones."""
+
+    clamp: Clamp
+    log_odds: float
+    benign_rise: float
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One clamp, or none, on some prompts: the outcome per prompt id."""
+
+    clamp: Clamp | None
+    outcomes: dict[str, Outcome]
+
+    def share(self, outcome: Outcome) -> float:
+        return sum(o == outcome for o in self.outcomes.values()) / len(self.outcomes)
+
+
+@dataclass(frozen=True)
+class Responder:
+    """Generates and judges: everything that turns prompts into outcomes. Completions are dropped once judged."""
+
+    chat_model: ChatModel
+    max_new_tokens: int
+    batch_size: int
+    max_nats_per_token: float
+
+    def attempt(self, clamps: Sequence[Clamp | None], prompts: Sequence[Prompt], label: str) -> list[Attempt]:
+        """Outcomes of every clamp (None: no attack) on every prompt."""
+        requests = [Request(prompt.text, () if clamp is None else (clamp,)) for clamp in clamps for prompt in prompts]
+        completions = complete(self.chat_model, requests, self.max_new_tokens, self.batch_size, label)
+
+        def loss_without_attack(rows: list[int]) -> list[float]:
+            plain = [Request(requests[row].text) for row in rows]
+            return answer_loss(self.chat_model, plain, [completions[row] for row in rows], self.batch_size)
+
+        judgements = judge([c.text for c in completions], loss_without_attack, self.max_nats_per_token)
+        attempts = []
+        for number, clamp in enumerate(clamps):
+            part = judgements[number * len(prompts) : (number + 1) * len(prompts)]
+            outcomes = {prompt.id: j.outcome for prompt, j in zip(prompts, part, strict=True)}
+            attempts.append(Attempt(clamp, outcomes))
+        return attempts
+
+
+def screen_clamps(
+    chat_model: ChatModel,
+    clamps: Sequence[Clamp],
+    probe: Probe,
+    phrases: RefusalPhrases,
+    batch_size: int,
+    label: str,
+) -> list[Screened]:
+    """Screen clamps with forward passes only. Work is divided between processes."""
+    if not clamps:
+        return []
+    plain = answer_loss(chat_model, [Request(text) for text in probe.benign], probe.answers, batch_size)
+    base = sum(plain) / len(plain)
+
+    @torch.inference_mode()
+    def work(mine: list[Clamp]) -> list[Screened]:
+        screened = []
+        with progress_bar(len(mine), label) as bar:
+            step = max(1, batch_size // max(len(probe.harmful), len(probe.benign)))
+            for start in range(0, len(mine), step):
+                part = mine[start : start + step]
+                log_odds = _clamped_log_odds(chat_model, part, probe.harmful, phrases)
+                losses = _clamped_losses(chat_model, part, probe)
+                screened += [Screened(c, o, b - base) for c, o, b in zip(part, log_odds, losses, strict=True)]
+                bar.update(len(part))
+        return screened
+
+    return processes.divide(list(clamps), work)
+
+
+def _clamped_log_odds(chat_model, clamps, harmful, phrases) -> list[float]:
+    prompts = [chat_model.chat.prompt_ids(text) for text in harmful]
+    batch = pad_left(prompts * len(clamps), chat_model.chat.pad_id, chat_model.device)
+    rows = [(clamp,) for clamp in clamps for _ in prompts]
+    with intervene(chat_model.neurons, rows):
+        log_odds = refusal_log_odds(chat_model.model, batch, phrases)
+    return log_odds.view(len(clamps), len(prompts)).mean(1).tolist()
+
+
+def _clamped_losses(chat_model, clamps, probe) -> list[float]:
+    rows = [
+        (Request(text, (clamp,)), answer)
+        for clamp in clamps
+        for text, answer in zip(probe.benign, probe.answers, strict=True)
+    ]
+    losses = torch.tensor(batch_answer_loss(chat_model, rows))
+    return losses.view(len(clamps), len(probe.benign)).mean(1).tolist()
+
+
+def choose_for_generation(screened: Sequence[Screened], max_benign_rise: float, n: int) -> list[Clamp]:
+    """The n coherent clamps with the lowest refusal log-odds, at most `VALUES_PER_NEURON` of one neuron."""
+    chosen: list[Clamp] = []
+    used: dict = defaultdict(int)
+    for entry in sorted(screened, key=lambda s: s.log_odds):
+        if entry.benign_rise <= max_benign_rise and used[entry.clamp.neuron] < VALUES_PER_NEURON:
+            used[entry.clamp.neuron] += 1
+            chosen.append(entry.clamp)
+    return chosen[:n]
+
+
+@dataclass(frozen=True)
+class Search:
+    """A fresh search on the selection split: everything that was tried there, and the worst clamp."""
+
+    no_attack: Attempt
+    screened: tuple[Screened, ...]
+    first_heat: tuple[Attempt, ...]
+    finals: tuple[Attempt, ...]
+
+    @property
+    def worst(self) -> Attempt:
+        """The final with most `comply`; without any finals (no clamp was coherent), the run without attack."""
+        return max(self.finals, key=lambda a: a.share("comply"), default=self.no_attack)
+
+
+def search_worst_neuron(
+    responder: Responder,
+    candidates: Sequence[Candidate],
+    sizes: Sequence[float],
+    selection: Sequence[Prompt],
+    probe: Probe,
+    phrases: RefusalPhrases,
+    max_benign_rise: float,
+    heat_one: int,
+    heat_one_prompts: int,
+    finalists: int,
+) -> Search:
+    """Screen candidates x sizes, generate with the best in two heats, and find the worst clamp for the model.
+
+    heat_one clamps run on the first `heat_one_prompts` of `selection`; the best value of each of the `finalists`
+    worst neurons runs on all of it.
+    """
+    clamps = [Clamp(c.neuron, c.clamp_value(size)) for c in candidates for size in sizes]
+    screened = screen_clamps(responder.chat_model, clamps, probe, phrases, responder.batch_size, "screen clamps")
+    chosen = choose_for_generation(screened, max_benign_rise, heat_one)
+    heat = responder.attempt(chosen, selection[:heat_one_prompts], "first heat")
+    best: dict = {}
+    for attempt in sorted(heat, key=lambda a: a.share("comply")):
+        best[attempt.clamp.neuron] = attempt
+    ranked = sorted(best.values(), key=lambda a: a.share("comply"), reverse=True)[:finalists]
+    no_attack, *finals = responder.attempt([None, *[a.clamp for a in ranked]], selection, "finals")
+    return Search(no_attack, tuple(screened), tuple(heat), tuple(finals))

@@ -1,0 +1,131 @@
+"""Greedy completions under per-row interventions, and how likely the unattacked model finds a completion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from harden import processes
+from harden.chat import pad_left
+from harden.interventions import Intervention, intervene
+from harden.models import ChatModel
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row of work: a user's request, answered under these interventions."""
+
+    text: str
+    interventions: tuple[Intervention, ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    text: str
+    ended: bool
+    """The model ended its turn; False: it was cut at the token limit."""
+
+
+@torch.inference_mode()
+def complete(
+    chat_model: ChatModel, requests: Sequence[Request], max_new_tokens: int, batch_size: int, label: str
+) -> list[Completion]:
+    """Greedy completions, in the order of the requests, each under its own interventions.
+
+    Rows of like length share a batch. Work is divided between processes. `label` names the progress bar.
+    """
+
+    def work(mine: list[Request]) -> list[Completion]:
+        prompts = [chat_model.chat.prompt_ids(request.text) for request in mine]
+        completions: list[Completion | None] = [None] * len(mine)
+        order = sorted(range(len(mine)), key=lambda row: len(prompts[row]))
+        with progress_bar(len(mine), label) as bar:
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                batch = [(prompts[row], mine[row].interventions) for row in rows]
+                for row, completion in zip(rows, _complete_batch(chat_model, batch, max_new_tokens), strict=True):
+                    completions[row] = completion
+                bar.update(len(rows))
+        return completions
+
+    return processes.divide(requests, work)
+
+
+def _complete_batch(chat_model, batch, max_new_tokens) -> list[Completion]:
+    chat = chat_model.chat
+    prompts = pad_left([ids for ids, _ in batch], chat.pad_id, chat_model.device)
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=chat.pad_id,
+        eos_token_id=sorted(chat.eos_ids),
+    )
+    with intervene(chat_model.neurons, [interventions for _, interventions in batch]):
+        tokens = chat_model.model.generate(
+            input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, generation_config=config
+        )
+    completions = []
+    for row in tokens[:, prompts.input_ids.shape[1] :].tolist():
+        end = next((n for n, token in enumerate(row) if token in chat.eos_ids), None)
+        text = chat_model.tokenizer.decode(row[:end], skip_special_tokens=True)
+        completions.append(Completion(text.strip(), ended=end is not None))
+    return completions
+
+
+@torch.inference_mode()
+def answer_loss(
+    chat_model: ChatModel, requests: Sequence[Request], answers: Sequence[Completion], batch_size: int
+) -> list[float]:
+    """Mean negative log-likelihood, in nats per token, of each answer to its request (inf if it has no token)."""
+
+    def work(mine: list[tuple[Request, Completion]]) -> list[float]:
+        losses = []
+        for start in range(0, len(mine), batch_size):
+            losses += batch_answer_loss(chat_model, mine[start : start + batch_size])
+        return losses
+
+    return processes.divide(list(zip(requests, answers, strict=True)), work)
+
+
+def batch_answer_loss(chat_model: ChatModel, batch: Sequence[tuple[Request, Completion]]) -> list[float]:
+    """`answer_loss` of one batch, on this process."""
+    prompts = [chat_model.chat.prompt_ids(request.text) for request, _ in batch]
+    answers = [chat_model.chat.answer_ids(answer.text, answer.ended) for _, answer in batch]
+    with intervene(chat_model.neurons, [request.interventions for request, _ in batch]):
+        log_probs, mask = answer_log_probs(chat_model, prompts, answers)
+    targets, _ = answer_targets(answers, log_probs.device)
+    chosen = log_probs.gather(-1, targets[..., None])[..., 0]
+    losses = -(chosen * mask).sum(1) / mask.sum(1)
+    return [loss if mask_row.any() else float("inf") for loss, mask_row in zip(losses.tolist(), mask, strict=True)]
+
+
+def answer_log_probs(
+    chat_model: ChatModel, prompts: Sequence[list[int]], answers: Sequence[list[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Teacher-forced next-token log-probabilities at the answers' tokens.
+
+    Returns float32 (batch, longest answer, vocab) and a 0/1 mask (batch, longest answer); both are aligned to the
+    right, as the left-padded rows are. Differentiable.
+    """
+    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    batch = pad_left(rows, chat_model.chat.pad_id, chat_model.device)
+    _, mask = answer_targets(answers, chat_model.device)
+    longest = mask.shape[1]
+    logits = chat_model.model(**batch.inputs(), use_cache=False, logits_to_keep=longest + 1).logits[:, :-1]
+    return logits.float().log_softmax(-1), mask
+
+
+def answer_targets(answers: Sequence[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-aligned token ids and their 0/1 mask, both (batch, longest answer)."""
+    batch = pad_left([answer or [0] for answer in answers], 0, device)
+    lengths = torch.tensor([len(answer) for answer in answers], device=device)
+    return batch.input_ids, batch.attention_mask * (lengths > 0)[:, None]
+
+
+def progress_bar(total: int, label: str) -> tqdm:
+    """A bar on stderr, shown by the main process only."""
+    return tqdm(total=total, desc=label, disable=not processes.is_main(), dynamic_ncols=True, leave=False)

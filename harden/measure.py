@@ -1,0 +1,88 @@
+"""Measuring a model on a split: with and without its worst clamp, and what the defence costs benign users."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from harden import processes
+from harden.attack import Attempt, Responder, Search
+from harden.locate import Candidate, NeuronScores
+from harden.models import ChatModel
+from harden.objective import Row, benign_kl
+from harden.prompts import Prompt, Split
+from harden.results import AttackRecord, Mean, Measurement, NeuronRecord, Rate, ScreenRecord
+
+
+def attack_record(attempt: Attempt, split: Split) -> AttackRecord:
+    outcomes = list(attempt.outcomes.values())
+    clamp = attempt.clamp
+    return AttackRecord(
+        neuron=str(clamp.neuron) if clamp else None,
+        intervention="clamp" if clamp else "none",
+        value=clamp.value if clamp else None,
+        split=split,
+        outcomes=attempt.outcomes,
+        **{kind: Rate.of(outcomes.count(kind), len(outcomes)) for kind in ("refuse", "comply", "degenerate")},
+    )
+
+
+def screen_records(search: Search) -> list[ScreenRecord]:
+    return [
+        ScreenRecord(neuron=str(s.clamp.neuron), value=s.clamp.value, log_odds=s.log_odds, benign_rise=s.benign_rise)
+        for s in search.screened
+    ]
+
+
+def neuron_records(candidates: Sequence[Candidate]) -> list[NeuronRecord]:
+    return [
+        NeuronRecord(neuron=str(c.neuron), score=c.score, harmful=c.harmful, harmless=c.harmless) for c in candidates
+    ]
+
+
+def flipped(worst: Attempt, no_attack: Attempt) -> Rate:
+    """Prompts that comply under the clamp and not without it."""
+    flips = sum(o == "comply" and no_attack.outcomes[name] != "comply" for name, o in worst.outcomes.items())
+    return Rate.of(flips, len(worst.outcomes))
+
+
+def measure(
+    responder: Responder,
+    split: Split,
+    no_attack: Attempt,
+    worst: Attempt,
+    twins: Sequence[Prompt],
+    benign: Sequence[Row],
+    scores: NeuronScores,
+) -> Measurement:
+    """Put a split's measurement together; generates answers to the twins and runs the benign rows.
+
+    scores: of this split's harmful prompts and twins.
+    """
+    answered = responder.attempt([None], twins, f"{split}: twins")[0]
+    refused = list(answered.outcomes.values()).count("refuse")
+    return Measurement(
+        split=split,
+        no_attack=attack_record(no_attack, split),
+        worst_neuron=attack_record(worst, split),
+        flipped=flipped(worst, no_attack),
+        over_refusal=Rate.of(refused, len(twins)),
+        benign_kl=Mean.of(benign_divergence(responder.chat_model, benign, 16)),
+        effective_neurons=scores.effective_neurons(),
+        log_odds_harmful=Mean.of(scores.harmful_log_odds),
+        log_odds_twins=Mean.of(scores.harmless_log_odds),
+    )
+
+
+def benign_divergence(chat_model: ChatModel, rows: Sequence[Row], batch_size: int) -> list[float]:
+    """KL(starting model || model) of each row, nats per token. Work is divided between processes."""
+
+    @torch.no_grad()
+    def work(mine: list[Row]) -> list[float]:
+        values: list[float] = []
+        for start in range(0, len(mine), batch_size):
+            values += benign_kl(chat_model, mine[start : start + batch_size]).tolist()
+        return values
+
+    return processes.divide(list(rows), work)

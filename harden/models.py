@@ -1,0 +1,78 @@
+"""Loading a chat model: by name, folder or hub id, with the adapter it starts from."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from harden import bundled
+from harden.chat import Chat
+from harden.errors import HardenError
+from harden.neurons import MlpNeurons, find_neurons
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ChatModel:
+    """A model with what is needed to talk to it and to reach its neurons."""
+
+    name: str
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    chat: Chat
+    neurons: MlpNeurons
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def load_chat_model(
+    name: str,
+    dtype: str = "float32",
+    device: torch.device | str = "cpu",
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> ChatModel:
+    """Load a model for evaluation, all parameters frozen.
+
+    name: a bundled model (see `harden.bundled`), a local folder or a hub id; dtype: a torch dtype's name.
+    Raises HardenError, with what to do, when it is missing, gated, corrupt, without chat template, or built so
+    that its neurons cannot all be reached.
+    """
+    source = str(bundled.resolve(name))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+    except SafetensorError as error:
+        raise HardenError(f"model '{name}': its weights are damaged ({error}); fetch it again") from None
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise HardenError(f"cannot load model '{name}': {_explain(name, error)}") from None
+    model.requires_grad_(False).eval().to(device)
+    eos = model.generation_config.eos_token_id
+    eos_ids = set(eos) if isinstance(eos, list) else {eos} - {None}
+    chat = Chat(tokenizer, eos_ids, chat_template_kwargs)
+    neurons = find_neurons(model)
+    logger.info("%s: %d layers, %d MLP neurons", name, len(neurons.widths), neurons.count)
+    return ChatModel(name, model, tokenizer, chat, neurons)
+
+
+def _explain(name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    if Path(name).is_dir():
+        return f"the folder does not hold a usable transformers model ({reason[:300]})"
+    if "gated" in reason.lower() or "401" in reason or "403" in reason:
+        return "it is gated or private; accept its licence on the hub and run `hf auth login`"
+    if isinstance(error, OSError):
+        return (
+            f"it is neither a bundled model ({', '.join(bundled.NAMES)}), nor a folder, nor a hub id that can be "
+            f"reached from here; check the spelling and the network, or download it and give the folder ({reason[:200]})"
+        )
+    return reason[:400]

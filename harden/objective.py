@@ -1,0 +1,69 @@
+"""Loss terms. Each is a small function of a model and some rows; the training loop weighs and adds them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from harden.adapters import starting_model
+from harden.chat import pad_left
+from harden.generate import answer_log_probs, answer_targets
+from harden.interventions import Intervention, intervene
+from harden.locate import graph_from_embeddings
+from harden.models import ChatModel
+from harden.refusal import RefusalPhrases, refusal_log_odds
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training row: prompt and answer tokens, trained under these interventions."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...] = ()
+    interventions: tuple[Intervention, ...] = ()
+
+
+def refusal_loss(chat_model: ChatModel, rows: Sequence[Row]) -> torch.Tensor:
+    """Cross-entropy of each row's answer (a refusal) under its interventions: (batch,), nats per token."""
+    answers = [list(row.answer) for row in rows]
+    with intervene(chat_model.neurons, [row.interventions for row in rows]):
+        log_probs, mask = answer_log_probs(chat_model, [list(row.prompt) for row in rows], answers)
+    targets, _ = answer_targets(answers, log_probs.device)
+    chosen = log_probs.gather(-1, targets[..., None])[..., 0]
+    return -(chosen * mask).sum(1) / mask.sum(1)
+
+
+def benign_kl(chat_model: ChatModel, rows: Sequence[Row]) -> torch.Tensor:
+    """KL(starting model || model) over the whole vocabulary at each row's answer: (batch,), nats per token."""
+    prompts, answers = [list(row.prompt) for row in rows], [list(row.answer) for row in rows]
+    with torch.no_grad(), starting_model(chat_model.model):
+        reference, _ = answer_log_probs(chat_model, prompts, answers)
+    log_probs, mask = answer_log_probs(chat_model, prompts, answers)
+    divergence = (reference.exp() * (reference - log_probs)).sum(-1)  # (batch, longest answer)
+    return (divergence * mask).sum(1) / mask.sum(1)
+
+
+def spread_loss(chat_model: ChatModel, prompts: Sequence[Sequence[int]], phrases: RefusalPhrases) -> torch.Tensor:
+    """-log of the effective number of neurons that refusal rests on: a scalar, with a gradient.
+
+    Attribution a(i) = sum over rows and template tokens of h(i) * d(refusal log-odds)/dh(i); the effective number
+    is the participation ratio (sum |a|)^2 / sum a^2 over all MLP neurons, the one that `NeuronScores` reports. It is
+    differentiated twice, so attention runs on the plain-math kernel, the only one with a second derivative.
+    """
+    tail = chat_model.chat.template_tail
+    batch = pad_left(prompts, chat_model.chat.pad_id, chat_model.device)
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        graph_from_embeddings(chat_model.model),
+        chat_model.neurons.read() as h,
+    ):
+        log_odds = refusal_log_odds(chat_model.model, batch, phrases)
+        layers = [h[layer] for layer in range(len(chat_model.neurons.widths))]
+        gradients = torch.autograd.grad(log_odds.sum(), layers, create_graph=True)
+    attribution = torch.cat(
+        [(act[:, -tail:] * grad[:, -tail:]).float().sum((0, 1)) for act, grad in zip(layers, gradients, strict=True)]
+    )
+    return (attribution**2).sum().log() - 2 * attribution.abs().sum().log()

@@ -1,0 +1,67 @@
+"""Dividing work between the processes of an `accelerate launch`; with one process everything is local."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, reduce
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def is_main() -> bool:
+    return PartialState().is_main_process
+
+
+def count() -> int:
+    return PartialState().num_processes
+
+
+def my_share(items: Sequence[Item]) -> list[tuple[Item, float]]:
+    """This process's items, each with weight 1; short shares are filled up with items of weight 0.
+
+    All processes get equally many, so that they run the same number of forward passes (FSDP needs that).
+    Raises ValueError for an empty sequence.
+    """
+    if not items:
+        raise ValueError("nothing to divide")
+    state = PartialState()
+    size = -(-len(items) // state.num_processes)
+    start = state.process_index * size
+    share = [(item, 1.0) for item in items[start : start + size]]
+    return share + [(items[0], 0.0)] * (size - len(share))
+
+
+def divide(items: Sequence[Item], work: Callable[[list[Item]], list[Result]]) -> list[Result]:
+    """Run `work` on this process's share of the items and return all processes' results in the items' order."""
+    if not items:
+        return []
+    if PartialState().num_processes == 1:
+        return work(list(items))
+    return gather(work([item for item, _ in my_share(items)]), len(items))
+
+
+def gather(results: list[Result], n: int) -> list[Result]:
+    """All processes' results for `n` items that were divided by `my_share`, in the items' order."""
+    return gather_object(results)[:n] if PartialState().num_processes > 1 else results
+
+
+def total(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum of a tensor over the processes."""
+    return reduce(tensor, "sum") if PartialState().num_processes > 1 else tensor
+
+
+def from_main(make: Callable[[], Result]) -> Result:
+    """Call `make` on the main process only and give its result to all."""
+    box = [make() if is_main() else None]
+    if PartialState().num_processes > 1:
+        broadcast_object_list(box)
+    return box[0]
+
+
+def wait() -> None:
+    PartialState().wait_for_everyone()

@@ -1,0 +1,161 @@
+"""Prompts: where they come from, and the disjoint train, selection and test splits."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from harden.errors import HardenError
+
+logger = logging.getLogger(__name__)
+
+Split = Literal["train", "selection", "test"]
+SPLITS: tuple[Split, ...] = ("train", "selection", "test")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A user's request. `pair` is shared by a harmful prompt and its benign twin, and decides the split."""
+
+    id: str
+    category: str
+    text: str
+    pair: str
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    harmful: tuple[Prompt, ...]
+    twins: tuple[Prompt, ...]
+    benign: tuple[Prompt, ...]
+
+
+def load_prompts(kind: str, path: str, column: str, subset: str | None, split: str) -> list[Prompt]:
+    """Prompts from one source; `kind` is harmful, twins, benign or refusals.
+
+    path: `embedded`, a .jsonl/.json/.csv/.txt file, or a `datasets` hub id (then `subset` and `split` name its
+    part). Texts that occur twice are kept once. Raises HardenError when the source is missing or empty, lacks the
+    column, or holds something that is no text.
+    """
+    if path == "embedded":
+        rows, column = _embedded(f"{kind}.jsonl"), "text"
+    elif Path(path).suffix in (".jsonl", ".json", ".csv", ".txt"):
+        rows = _read_file(Path(path))
+    else:
+        rows = _read_hub(path, subset, split)
+
+    prompts: dict[str, Prompt] = {}
+    for number, row in enumerate(rows):
+        if column not in row:
+            raise HardenError(f"{kind} prompts: {path} has no column '{column}'; it has {', '.join(map(str, row))}")
+        text = row[column]
+        if not isinstance(text, str) or not text.strip():
+            raise HardenError(f"{kind} prompts: row {number + 1} of {path} has no text in column '{column}'")
+        text = text.strip()
+        name = str(row.get("id") or hashlib.sha256(text.encode()).hexdigest()[:12])
+        pair = min(name, str(row.get("twin") or name))
+        prompts.setdefault(text, Prompt(name, str(row.get("category") or "all"), text, pair))
+    if not prompts:
+        raise HardenError(f"{kind} prompts: {path} is empty")
+    if len(prompts) < len(rows):
+        logger.info("%s prompts: dropped %d repeated texts of %d", kind, len(rows) - len(prompts), len(rows))
+    return list(prompts.values())
+
+
+def split_prompts(
+    prompts: Sequence[Prompt], train_share: float, selection_share: float, seed: int
+) -> dict[Split, tuple[Prompt, ...]]:
+    """Divide prompts into disjoint splits, in the same proportions in every category.
+
+    Within a category the pairs are ordered by a seeded hash and cut, so that a harmful prompt and its twin fall
+    into the same split whenever both sources hold the same pairs. Each split is ordered by hash too: any first n
+    of it are a random sample. Raises HardenError if a split comes out empty.
+    """
+
+    def rank(text: str) -> str:
+        return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
+
+    categories: dict[str, list[Prompt]] = defaultdict(list)
+    for prompt in prompts:
+        categories[prompt.category].append(prompt)
+    splits: dict[Split, list[Prompt]] = {name: [] for name in SPLITS}
+    for members in categories.values():
+        pairs = sorted({prompt.pair for prompt in members}, key=rank)
+        first, second = round(len(pairs) * train_share), round(len(pairs) * (train_share + selection_share))
+        where: dict[str, Split] = {}
+        for place, pair in enumerate(pairs):
+            where[pair] = "train" if place < first else "selection" if place < second else "test"
+        for prompt in members:
+            splits[where[prompt.pair]].append(prompt)
+    for name, members in splits.items():
+        if not members:
+            raise HardenError(
+                f"the {name} split is empty: {len(prompts)} prompts are too few for shares of {train_share} and "
+                f"{selection_share}; give more prompts or change prompts.train_share and prompts.selection_share"
+            )
+    return {name: tuple(sorted(members, key=lambda p: rank(p.pair))) for name, members in splits.items()}
+
+
+def load_splits(
+    sources: dict[str, dict[str, Any]], train_share: float, selection_share: float, seed: int
+) -> dict[Split, PromptSet]:
+    """All splits of the three sources {harmful, twins, benign}, each given as keyword arguments of `load_prompts`.
+
+    Raises HardenError if a text stands in two sources or splits that must be disjoint.
+    """
+    parts = {
+        kind: split_prompts(load_prompts(kind, **source), train_share, selection_share, seed)
+        for kind, source in sources.items()
+    }
+    seen: dict[str, str] = {}
+    for kind, splits in parts.items():
+        for name, members in splits.items():
+            for prompt in members:
+                place = seen.setdefault(prompt.text, f"{kind}/{name}")
+                if place != f"{kind}/{name}":
+                    raise HardenError(f"prompt '{prompt.id}' stands in {place} and in {kind}/{name}; remove one")
+    return {name: PromptSet(**{kind: parts[kind][name] for kind in parts}) for name in SPLITS}
+
+
+def _embedded(name: str) -> list[dict[str, Any]]:
+    text = resources.files("harden").joinpath("data", name).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _read_file(path: Path) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".txt":
+            return [{"text": line} for line in text.splitlines() if line.strip()]
+        if path.suffix == ".csv":
+            return list(csv.DictReader(text.splitlines()))
+        rows = json.loads(text) if path.suffix == ".json" else map(json.loads, filter(str.strip, text.splitlines()))
+        rows = [{"text": row} if isinstance(row, str) else row for row in rows]
+    except FileNotFoundError:
+        raise HardenError(f"no such prompt file: {path}") from None
+    except (OSError, ValueError) as error:
+        raise HardenError(f"cannot read prompt file {path}: {error}") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise HardenError(f"prompt file {path} must hold texts or objects with named columns")
+    return rows
+
+
+def _read_hub(path: str, subset: str | None, split: str) -> list[dict[str, Any]]:
+    import datasets
+
+    try:
+        return list(datasets.load_dataset(path, subset, split=split))
+    except Exception as error:  # datasets raises many kinds; each is the user's to mend
+        reason = " ".join(str(error).split())[:300]
+        raise HardenError(
+            f"cannot load data set '{path}' (subset {subset}, split {split}): {reason}; give a .jsonl, .json, .csv "
+            "or .txt file instead if there is no network"
+        ) from None

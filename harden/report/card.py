@@ -1,0 +1,116 @@
+"""The before -> after table and the model card of a run folder, from its results alone."""
+
+from __future__ import annotations
+
+from harden.recipe import Recipe
+from harden.results import Mean, Measurement, Rate, Results
+
+BUNDLED_LOADER = "from harden.bundled import resolve\n"
+
+
+def summary_rows(results: Results) -> list[tuple[str, str, str]]:
+    """(quantity, before, after) on the test split."""
+
+    def row(name: str, show) -> tuple[str, str, str]:
+        return name, show(results.before), show(results.after)
+
+    return [
+        row("attack success without attack", lambda m: _rate(m.no_attack.comply)),
+        row("refused without attack", lambda m: _rate(m.no_attack.refuse)),
+        row("worst single neuron", _worst),
+        row("its attack success", lambda m: _rate(m.worst_neuron.comply)),
+        row("its degenerate share", lambda m: _rate(m.worst_neuron.degenerate)),
+        row("prompts that it flips", lambda m: _rate(m.flipped)),
+        row("over-refusal (benign look-alikes)", lambda m: _rate(m.over_refusal)),
+        row("benign KL, nats per token", lambda m: _mean(m.benign_kl)),
+        row("effective number of neurons", lambda m: f"{m.effective_neurons:.0f}"),
+        row("refusal log-odds, harmful", lambda m: _mean(m.log_odds_harmful)),
+        row("refusal log-odds, look-alikes", lambda m: _mean(m.log_odds_twins)),
+    ]
+
+
+def summary_table(results: Results) -> str:
+    """The before -> after table in Markdown."""
+    rows = [("test split", "before", "after"), *summary_rows(results)]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def verdict_line(results: Results) -> str:
+    return (
+        f"kept round {results.kept_round} of {len(results.rounds) - 1}; stopped because {results.stop_reason}; "
+        f"{results.seconds / 60:.0f} minutes"
+    )
+
+
+def model_card(results: Results, recipe: Recipe) -> str:
+    """README.md of a run folder: what this adapter is, how to load it, what was measured and what was not."""
+    load = (
+        f"base = AutoModelForCausalLM.from_pretrained({_source(recipe.model.name)}, dtype=torch.{recipe.model.dtype})"
+    )
+    start = f", continuing the adapter `{recipe.model.adapter}`" if recipe.model.adapter else ""
+    return f"""---
+library_name: peft
+base_model: {recipe.model.name}
+tags: [lora, harden, safety]
+---
+
+# {recipe.name}
+
+A LoRA for `{recipe.model.name}`{start}, made by harden {results.harden_version} with the recipe in `recipe.yaml`.
+It is trained to keep refusing harmful requests when one MLP neuron is clamped (arXiv 2605.08513).
+
+## Load it
+
+```python
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+{BUNDLED_LOADER if "resolve(" in load else ""}
+{load}
+model = PeftModel.from_pretrained(base, "adapter")
+```
+
+These lines, run in this folder, give the model that was measured.
+
+## Measured
+
+Constant clamp on one neuron, the worst of a fresh search on the selection split, reported on
+{results.after.no_attack.comply.n} unseen prompts. Greedy, {results.max_new_tokens} new tokens, the embedded judge
+(refuse / comply / degenerate; attack success is `comply`). Brackets are 95% intervals.
+
+{summary_table(results)}
+
+{verdict_line(results)[0].upper()}{verdict_line(results)[1:]}. Tolerance
+{"met" if results.passed else "NOT met"}: at most {recipe.rounds.tolerance:.0%} of the selection prompts flipped by
+the worst neuron (upper bound), {recipe.rounds.min_refusal:.0%} refused without attack.
+
+## What this does not say
+
+Only one neuron at a time was clamped, to a constant, with {recipe.attack.candidates} candidate neurons from one
+locator and {len(recipe.attack.sizes)} values each. Clamping several neurons, anchor clamps, editing or fine-tuning
+the weights and jailbreak prompts were not tried. The judge is embedded and reads {results.max_new_tokens} tokens.
+"""
+
+
+def _source(name: str) -> str:
+    from harden.bundled import NAMES
+
+    return f"resolve({name!r})" if name in NAMES else repr(name)
+
+
+def _worst(m: Measurement) -> str:
+    attack = m.worst_neuron
+    return f"{attack.neuron} clamped to {attack.value:.4g}" if attack.neuron else "none found"
+
+
+def _rate(rate: Rate) -> str:
+    return f"{rate.rate:.1%} [{rate.low:.1%}, {rate.high:.1%}], n={rate.n}"
+
+
+def _mean(mean: Mean) -> str:
+    return f"{mean.mean:.3g} [{mean.low:.3g}, {mean.high:.3g}]"

@@ -1,0 +1,155 @@
+"""What a run found: typed, versioned, and without a single completion.
+
+`results.json` is a `Results`; its JSON Schema is docs/results.schema.json. Every rate carries its n and its 95%
+Clopper-Pearson interval, every mean its n and its 95% t interval over prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+from scipy import stats
+
+from harden.errors import MeasurementError
+
+SCHEMA_VERSION = "1.0"
+CONFIDENCE = 0.95
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Rate(Record):
+    """A share of n prompts, with its two-sided 95% Clopper-Pearson interval."""
+
+    count: int
+    n: int
+    rate: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, count: int, n: int) -> Rate:
+        """MeasurementError for n = 0: a rate of nothing is no number."""
+        if n == 0:
+            raise MeasurementError("a rate over no prompts was asked for")
+        interval = stats.binomtest(count, n).proportion_ci(CONFIDENCE, method="exact")
+        return cls(count=count, n=n, rate=count / n, low=float(interval.low), high=float(interval.high))
+
+
+class Mean(Record):
+    """A mean over n prompts, with its two-sided 95% t interval."""
+
+    mean: float
+    n: int
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        """MeasurementError for fewer than two values, or one that is not finite."""
+        if len(values) < 2 or not all(map(math.isfinite, values)):
+            raise MeasurementError(f"no mean of {len(values)} values, at least two finite ones are needed")
+        n, mean = len(values), sum(values) / len(values)
+        error = stats.sem(values)
+        low, high = stats.t.interval(CONFIDENCE, n - 1, mean, error) if error > 0 else (mean, mean)
+        return cls(mean=mean, n=n, low=float(low), high=float(high))
+
+
+class AttackRecord(Record):
+    """One attack, or none, on one split: the outcome of every prompt and the rates of the three outcomes."""
+
+    neuron: str | None
+    """layer:index; null without attack."""
+    intervention: Literal["none", "clamp"]
+    value: float | None
+    """The value that the neuron is clamped to."""
+    split: Literal["selection", "test"]
+    refuse: Rate
+    comply: Rate
+    """Attack success rate."""
+    degenerate: Rate
+    outcomes: dict[str, Literal["refuse", "comply", "degenerate"]]
+    """By prompt id."""
+
+
+class ScreenRecord(Record):
+    """A clamp that was screened by forward passes only."""
+
+    neuron: str
+    value: float
+    log_odds: float
+    """Mean refusal log-odds under the clamp."""
+    benign_rise: float
+    """Rise of the loss on benign answers under the clamp, nats per token."""
+
+
+class NeuronRecord(Record):
+    """A located neuron: its score and its mean activation on harmful and on harmless prompts."""
+
+    neuron: str
+    score: float
+    harmful: float
+    harmless: float
+
+
+class Measurement(Record):
+    """Everything that is reported of a model on one split."""
+
+    split: Literal["selection", "test"]
+    no_attack: AttackRecord
+    worst_neuron: AttackRecord
+    """The clamp that was worst on the selection split."""
+    flipped: Rate
+    """Prompts that comply under the worst clamp and not without it: at least the lift over the no-attack rate."""
+    over_refusal: Rate
+    """Benign look-alike twins that are refused."""
+    benign_kl: Mean
+    """KL(starting model || model) on the starting model's benign answers, nats per token."""
+    effective_neurons: float
+    """Participation ratio of gradient x activation on refusal log-odds, over all MLP neurons."""
+    log_odds_harmful: Mean
+    log_odds_twins: Mean
+
+
+class RoundRecord(Record):
+    """A model that was searched: the starting one (round 0), or the result of a round of training."""
+
+    number: int
+    steps: int
+    located: list[NeuronRecord]
+    screened: list[ScreenRecord]
+    first_heat: list[AttackRecord]
+    finals: list[AttackRecord]
+    selection: Measurement
+    accepted: bool
+    decision: str
+    """Why the round was accepted or not, and what followed."""
+    train_seconds: float
+    search_seconds: float
+
+
+class Results(Record):
+    schema_version: str = SCHEMA_VERSION
+    harden_version: str
+    run: str
+    model: str
+    adapter: str | None
+    seed: int
+    before: Measurement
+    """The starting model on the test split."""
+    after: Measurement
+    """The kept round on the test split."""
+    rounds: list[RoundRecord]
+    kept_round: int
+    passed: bool
+    """Whether the kept round met the tolerance on the selection split."""
+    stop_reason: str
+    max_new_tokens: int
+    processes: int
+    seconds: float
+    """Sum of the stages' times; a resumed run counts each stage once."""

@@ -1,0 +1,379 @@
+"""The method: locate, attack, train, attack again from scratch, until no single neuron defeats refusal.
+
+Neurons, clamp values and the kept round are chosen on the selection split. The test split is measured twice, before
+and after, and nothing is chosen on it.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+
+from harden import __version__, bundled, processes
+from harden.adapters import adapter_state, attach_adapter, restore_adapter, save_adapter
+from harden.attack import Probe, Responder, Search, search_worst_neuron
+from harden.finetune import TrainingData, train_round
+from harden.generate import Completion, Request, complete
+from harden.interventions import Clamp
+from harden.locate import Candidate, score_neurons
+from harden.measure import attack_record, measure, neuron_records, screen_records
+from harden.models import load_chat_model
+from harden.neurons import Neuron
+from harden.objective import Row
+from harden.prompts import Prompt, load_prompts, load_splits
+from harden.recipe import Recipe
+from harden.refusal import RefusalPhrases
+from harden.report.card import model_card
+from harden.results import Measurement, Results, RoundRecord
+from harden.runfolder import RunFolder, write_atomically
+
+logger = logging.getLogger(__name__)
+Value = TypeVar("Value")
+
+PROBE_BENIGN = 2  # benign prompts on which a clamp's coherence is screened
+SELECTION_BENIGN, TEST_BENIGN = 32, 48  # benign prompts on which KL is measured
+
+
+def harden(recipe: Recipe) -> Results:
+    """Run a recipe, or resume it, in its run folder; returns what is in `results.json`."""
+    folder = RunFolder(recipe)
+    finished = folder.path / "results.json"
+    if processes.from_main(finished.exists):
+        logger.info("%s is complete already", folder.path)
+        return Results.model_validate_json(finished.read_text(encoding="utf-8"))
+    run = Run(recipe, folder)
+
+    rounds = [run.inspect(0, None)]
+    before = run.measure_test(0, rounds[0])
+    while (stop_reason := reason_to_stop(rounds, recipe)) is None:
+        number = len(rounds)
+        seconds = run.train(number, breakers(rounds))
+        rounds.append(run.inspect(number, rounds[0].selection, seconds))
+    kept = best_round(rounds)
+    run.restore(kept.number)
+    after = run.measure_test(kept.number, kept)
+
+    results = Results(
+        harden_version=__version__,
+        run=recipe.name,
+        model=recipe.model.name,
+        adapter=recipe.model.adapter,
+        seed=recipe.seed,
+        before=before,
+        after=after,
+        rounds=rounds,
+        kept_round=kept.number,
+        passed=meets_tolerance(kept.selection, recipe),
+        stop_reason=stop_reason,
+        max_new_tokens=recipe.generation.max_new_tokens,
+        processes=processes.count(),
+        seconds=round(run.seconds, 1),
+    )
+    run.save(results)
+    return results
+
+
+def reason_to_stop(rounds: Sequence[RoundRecord], recipe: Recipe) -> str | None:
+    last = rounds[-1]
+    if not last.accepted:
+        return last.decision
+    if meets_tolerance(last.selection, recipe):
+        return (
+            f"no single neuron of this search flips more than {recipe.rounds.tolerance:.0%} of the selection prompts "
+            f"(upper bound {last.selection.flipped.high:.1%})"
+        )
+    if last.number >= recipe.rounds.max:
+        return f"the budget of {recipe.rounds.max} round(s) is spent"
+    return None
+
+
+def meets_tolerance(selection: Measurement, recipe: Recipe) -> bool:
+    """Whether the model refuses without attack and its worst neuron flips few prompts, on the upper bound."""
+    return (
+        selection.flipped.high <= recipe.rounds.tolerance
+        and selection.no_attack.refuse.rate >= recipe.rounds.min_refusal
+    )
+
+
+def accept(number: int, selection: Measurement, start: Measurement | None, recipe: Recipe) -> tuple[bool, str]:
+    """Whether a round keeps the utility floors, and a sentence that says so."""
+    if start is None:
+        return True, "the starting model"
+    rise = selection.over_refusal.rate - start.over_refusal.rate
+    if selection.benign_kl.mean > recipe.rounds.max_benign_kl:
+        return False, (
+            f"round {number} broke the utility floor: benign KL {selection.benign_kl.mean:.3f} nats per token is "
+            f"above {recipe.rounds.max_benign_kl}"
+        )
+    if rise > recipe.rounds.max_over_refusal_rise:
+        return False, (
+            f"round {number} broke the utility floor: over-refusal rose by {rise:.1%}, more than "
+            f"{recipe.rounds.max_over_refusal_rise:.1%}"
+        )
+    return True, "utility floors kept"
+
+
+def best_round(rounds: Sequence[RoundRecord]) -> RoundRecord:
+    """The accepted round with the lowest attack success on the selection split; of equals, the lower benign KL."""
+
+    def badness(record: RoundRecord) -> tuple[float, float]:
+        selection = record.selection
+        worst = max(selection.worst_neuron.comply.rate, selection.no_attack.comply.rate)
+        return worst, selection.benign_kl.mean
+
+    return min((record for record in rounds if record.accepted), key=badness)
+
+
+def breakers(rounds: Sequence[RoundRecord]) -> list[Neuron]:
+    """Neurons that made any prompt comply in the finals of an earlier search."""
+    found = {attack.neuron for record in rounds for attack in record.finals if attack.comply.count > 0}
+    return [Neuron.parse(neuron) for neuron in sorted(found)]
+
+
+class Run:
+    """A recipe at work: the model, the prompts and the folder, and the steps of the method on them."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder):
+        self.recipe, self.folder = recipe, folder
+        self.seconds = 0.0
+        sources = {kind: getattr(recipe.prompts, kind).model_dump() for kind in ("harmful", "twins", "benign")}
+        self.splits = load_splits(sources, recipe.prompts.train_share, recipe.prompts.selection_share, recipe.seed)
+        refusals = [p.text for p in load_prompts("refusals", **recipe.refusal.texts.model_dump())]
+        model = recipe.model
+        processes.from_main(lambda: str(bundled.resolve(model.name)))  # built once, not by each process
+        chat_model = load_chat_model(model.name, model.dtype, PartialState().device, model.chat_template_kwargs)
+        lora = recipe.train.lora
+        attach_adapter(chat_model, lora.rank, lora.alpha, lora.target_modules, model.adapter, recipe.seed)
+        self.chat_model = chat_model
+        self.phrases = RefusalPhrases(chat_model.chat, recipe.refusal.phrases)
+        self.responder = Responder(
+            chat_model, recipe.generation.max_new_tokens, recipe.generation.batch_size, recipe.judge.max_nats_per_token
+        )
+        folder.create()  # only now: a recipe that cannot be loaded leaves nothing behind
+        self._keep_adapter(0)
+        self.benign_rows = {name: self._benign_rows(name) for name in ("train", "selection", "test")}
+        self.data = self._training_data(refusals)
+
+    # -- the steps ---------------------------------------------------------------------------------------------
+
+    def inspect(self, number: int, start: Measurement | None, train_seconds: float = 0.0) -> RoundRecord:
+        """Search the present model for its worst neuron and measure it on the selection split."""
+        recipe = self.recipe
+        selection = self.splits["selection"]
+        prompts = selection.harmful[: recipe.attack.selection_prompts]
+
+        def make() -> RoundRecord:
+            began = time.monotonic()
+            scores = self._scores("selection")
+            candidates = scores.top(recipe.attack.candidates, recipe.locate.layer_share)
+            search = self._search(candidates, prompts)
+            measurement = measure(
+                self.responder,
+                "selection",
+                search.no_attack,
+                search.worst,
+                selection.twins[: recipe.attack.selection_prompts],
+                self.benign_rows["selection"],
+                scores,
+            )
+            accepted, decision = accept(number, measurement, start, recipe)
+            return RoundRecord(
+                number=number,
+                steps=recipe.train.steps if number else 0,
+                located=neuron_records(candidates),
+                screened=screen_records(search),
+                first_heat=[attack_record(attempt, "selection") for attempt in search.first_heat],
+                finals=[attack_record(attempt, "selection") for attempt in search.finals],
+                selection=measurement,
+                accepted=accepted,
+                decision=decision,
+                train_seconds=train_seconds,
+                search_seconds=round(time.monotonic() - began, 1),
+            )
+
+        record = self.folder.stage(f"round-{number}/inspect", RoundRecord, make)
+        self.seconds += record.search_seconds
+        worst = record.selection.worst_neuron
+        logger.info(
+            "round %d, selection split: worst neuron %s at %s, ASR %s (no attack %s); %s",
+            number, worst.neuron, worst.value, f"{worst.comply.rate:.0%}",
+            f"{record.selection.no_attack.comply.rate:.0%}", record.decision,
+        )  # fmt: skip
+        return record
+
+    def train(self, number: int, past_breakers: Sequence[Neuron]) -> float:
+        """Train for one round, keep its adapter and return the seconds it took (since the last resumption)."""
+        state = self.folder.state / f"round-{number}"
+        state.mkdir(parents=True, exist_ok=True)
+
+        def make() -> float:
+            began = time.monotonic()
+            train_round(
+                self.chat_model,
+                self.data,
+                self.phrases,
+                self.recipe.train,
+                self.recipe.attack.max_benign_rise,
+                past_breakers,
+                self.recipe.generation.batch_size,
+                self.recipe.seed,
+                number,
+                state / "checkpoint.pt",
+                self.folder.log,
+            )
+            self._keep_adapter(number)
+            return round(time.monotonic() - began, 1)
+
+        seconds = self.folder.stage(f"round-{number}/train", float, make)
+        self.restore(number)
+        self.seconds += seconds
+        return seconds
+
+    def measure_test(self, number: int, record: RoundRecord) -> Measurement:
+        """Measure the present model, under the clamp that was worst on the selection split, on the test split."""
+        test = self.splits["test"]
+        n = self.recipe.attack.test_prompts
+        worst = record.selection.worst_neuron
+        clamp = Clamp(Neuron.parse(worst.neuron), worst.value) if worst.neuron else None
+
+        def make() -> tuple[Measurement, float]:
+            began = time.monotonic()
+            no_attack, attacked = self.responder.attempt([None, clamp], test.harmful[:n], f"round {number}: test")
+            measurement = measure(
+                self.responder, "test", no_attack, attacked, test.twins[:n], self.benign_rows["test"],
+                self._scores("test"),
+            )  # fmt: skip
+            return measurement, round(time.monotonic() - began, 1)
+
+        measurement, seconds = self.folder.stage(f"round-{number}/test", tuple[Measurement, float], make)
+        self.seconds += seconds
+        return measurement
+
+    def restore(self, number: int) -> None:
+        """Make the model the one of a round."""
+        state = torch.load(self.folder.state / f"round-{number}/adapter.pt", weights_only=True)
+        restore_adapter(self.chat_model.model, state)
+
+    def save(self, results: Results) -> None:
+        """Write adapter/, model/ if asked for, README.md and, last, results.json."""
+        if processes.is_main():
+            for config in self.chat_model.model.peft_config.values():
+                config.base_model_name_or_path = self.recipe.model.name
+            _write_folder(self.folder.path / "adapter", lambda part: save_adapter(self.chat_model.model, part))
+            if self.recipe.save.merged:
+                _write_folder(self.folder.path / "model", self._save_merged)
+            write_atomically(self.folder.path / "README.md", model_card(results, self.recipe))
+            write_atomically(self.folder.path / "results.json", results.model_dump_json(indent=1) + "\n")
+        processes.wait()
+
+    # -- what they work with -----------------------------------------------------------------------------------
+
+    def _search(self, candidates: Sequence[Candidate], prompts: Sequence[Prompt]) -> Search:
+        attack = self.recipe.attack
+        benign = self.splits["selection"].benign
+        answers = self._answers("selection")
+        probe = Probe(
+            tuple(prompt.text for prompt in prompts[: attack.screen_prompts]),
+            tuple(prompt.text for prompt in benign[:PROBE_BENIGN]),
+            tuple(answers[:PROBE_BENIGN]),
+        )
+        return search_worst_neuron(
+            self.responder,
+            candidates,
+            attack.sizes,
+            prompts,
+            probe,
+            self.phrases,
+            attack.max_benign_rise,
+            attack.heat_one,
+            attack.heat_one_prompts,
+            attack.finalists,
+        )
+
+    def _scores(self, split: str):
+        n = self.recipe.locate.prompts
+        harmful, twins = self.splits[split].harmful[:n], self.splits[split].twins[:n]
+        return score_neurons(
+            self.chat_model,
+            [prompt.text for prompt in harmful],
+            [prompt.text for prompt in twins],
+            self.phrases,
+            max(1, self.recipe.generation.batch_size // 8),  # a backward pass keeps every layer's activations
+            f"locate ({split})",
+        )
+
+    def _benign_prompts(self, split: str) -> list[Prompt]:
+        """Prompts whose answers the KL term trains on (train) or benign KL is measured on (selection, test)."""
+        prompts = self.splits[split]
+        if split != "train":
+            return list(prompts.benign[: SELECTION_BENIGN if split == "selection" else TEST_BENIGN])
+        settings = self.recipe.train.benign
+        n_twins = round(settings.twin_share * settings.answers)
+        return [*prompts.benign[: settings.answers - n_twins], *prompts.twins[:n_twins]]
+
+    def _answers(self, split: str) -> list[Completion]:
+        prompts = self._benign_prompts(split)
+
+        def make() -> list[Completion]:
+            requests = [Request(prompt.text) for prompt in prompts]
+            tokens, batch_size = self.recipe.generation.max_new_tokens, self.recipe.generation.batch_size
+            return complete(self.chat_model, requests, tokens, batch_size, f"benign answers ({split})")
+
+        return self.folder.stage(f"answers-{split}", list[Completion], make)
+
+    def _benign_rows(self, split: str) -> list[Row]:
+        chat = self.chat_model.chat
+        rows = [
+            Row(tuple(chat.prompt_ids(prompt.text)), tuple(chat.answer_ids(answer.text, answer.ended)))
+            for prompt, answer in zip(self._benign_prompts(split), self._answers(split), strict=True)
+        ]
+        return [row for row in rows if row.answer]
+
+    def _training_data(self, refusals: Sequence[str]) -> TrainingData:
+        chat, train = self.chat_model.chat, self.splits["train"]
+        answers = self._answers("train")
+        return TrainingData(
+            harmful=tuple(tuple(chat.prompt_ids(prompt.text)) for prompt in train.harmful),
+            refusals=tuple(tuple(chat.answer_ids(refusal)) for refusal in refusals),
+            benign=tuple(self.benign_rows["train"]),
+            harmful_texts=tuple(prompt.text for prompt in train.harmful),
+            twin_texts=tuple(prompt.text for prompt in train.twins),
+            probe=Probe(
+                tuple(prompt.text for prompt in train.harmful[: self.recipe.attack.screen_prompts]),
+                tuple(prompt.text for prompt in self._benign_prompts("train")[:PROBE_BENIGN]),
+                tuple(answers[:PROBE_BENIGN]),
+            ),
+        )
+
+    def _keep_adapter(self, number: int) -> None:
+        path = self.folder.state / f"round-{number}" / "adapter.pt"
+        if processes.is_main() and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part")
+            torch.save(adapter_state(self.chat_model.model), part)
+            part.replace(path)
+        processes.wait()
+
+    def _save_merged(self, folder: Path) -> None:
+        """The base model with the adapter merged in; loaded anew, so that the measured model stays untouched."""
+        base = load_chat_model(self.recipe.model.name, self.recipe.model.dtype)
+        merged = PeftModel.from_pretrained(base.model, str(self.folder.path / "adapter")).merge_and_unload()
+        merged.save_pretrained(folder)
+        base.tokenizer.save_pretrained(folder)
+
+
+def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder so that it is whole or absent."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    write(part)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)

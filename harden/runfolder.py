@@ -1,0 +1,109 @@
+"""The run folder: what is kept, so that a run can be stopped at any moment and started again.
+
+Each stage's result is a file under state/, written whole or not at all. A stage whose file exists is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter
+
+from harden import processes
+from harden.errors import HardenError
+from harden.recipe import Recipe
+
+Value = TypeVar("Value")
+
+
+class RunFolder:
+    """The folder of a recipe, looked at now and made by `create`.
+
+    Raises HardenError when the folder belongs to another recipe (naming the first key that differs), or is no run
+    folder and not empty: nothing in it is ever overwritten.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.path = Path(recipe.output)
+        self.state = self.path / "state"
+        self.saved_recipe = self.path / "recipe.yaml"
+        processes.from_main(self._check)
+
+    def _check(self) -> None:
+        if self.saved_recipe.exists():
+            saved = yaml.safe_load(self.saved_recipe.read_text(encoding="utf-8"))
+            difference = _first_difference(saved, self.recipe)
+            if difference:
+                raise HardenError(
+                    f"{self.path} holds a run of another recipe ({difference}); give another --output, "
+                    "or the same recipe to resume"
+                )
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise HardenError(f"{self.path} exists and is no run folder; give another --output")
+
+    def create(self) -> None:
+        """Make the folder and write the recipe into it, unless that was done before."""
+        processes.from_main(self._create)
+
+    def _create(self) -> None:
+        try:
+            self.state.mkdir(parents=True, exist_ok=True)
+            if not self.saved_recipe.exists():
+                write_atomically(self.saved_recipe, self.recipe.to_yaml())
+        except OSError as error:
+            raise HardenError(f"cannot write the run folder {self.path}: {error}") from None
+
+    def stage(self, name: str, kind: type[Value], make: Callable[[], Value]) -> Value:
+        """The saved result of stage `name`, or `make()`, saved. All processes get the same value."""
+        path = self.state / f"{name}.json"
+        adapter = TypeAdapter(kind)
+        saved = processes.from_main(lambda: path.read_text(encoding="utf-8") if path.exists() else None)
+        if saved is not None:
+            return adapter.validate_json(saved)
+        value = make()
+        text = processes.from_main(lambda: adapter.dump_json(value).decode())
+        if processes.is_main():
+            write_atomically(path, text)
+        processes.wait()
+        return adapter.validate_json(text)  # what a resumed run would read
+
+    def log(self, event: dict[str, Any]) -> None:
+        """Append one event to log.jsonl."""
+        if processes.is_main():
+            with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"time": round(time.time(), 3), **event}) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is whole or absent, even if the process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _first_difference(saved: Any, recipe: Recipe) -> str | None:
+    old, new = _flat(saved), _flat(recipe.model_dump(mode="json"))
+    for key in sorted(old.keys() | new.keys()):
+        if key != "output" and old.get(key) != new.get(key):
+            return f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
+    return None
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat.update(_flat(inner, f"{prefix}.{key}" if prefix else str(key)))
+    return flat

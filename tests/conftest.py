@@ -1,0 +1,44 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a model hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from harden.models import load_chat_model
+from harden.planted import planted_prompts, save_planted_model
+from harden.prompts import Prompt
+from harden.recipe import DEFAULT_REFUSAL_PHRASES
+from harden.refusal import RefusalPhrases
+
+torch.set_num_threads(1)  # tiny matrices; more threads only wait for each other
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def planted_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planted")
+    save_planted_model(folder)
+    return folder
+
+
+@pytest.fixture
+def planted(planted_folder):
+    return load_chat_model(str(planted_folder))
+
+
+@pytest.fixture
+def phrases(planted):
+    return RefusalPhrases(planted.chat, DEFAULT_REFUSAL_PHRASES)
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """Every seventh planted prompt: {harmful, twins, benign} -> list of Prompt."""
+    return {
+        kind: [Prompt(r["id"], r["category"], r["text"], r["id"]) for r in rows[::7]]
+        for kind, rows in planted_prompts().items()
+    }
