@@ -107,7 +107,7 @@ def train_round(
             rng = random.Random(f"{seed}:{round_number}:{step}")
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * learning_rate_factor(step, settings)
-            losses = backward(chat_model, data, phrases, settings, pool, rng)
+            losses = backward(chat_model, data, phrases, settings, pool, step, rng)
             for parameter in parameters:
                 parameter.grad = processes.total(parameter.grad)
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.max_gradient_norm))
@@ -135,6 +135,7 @@ def backward(
     phrases: RefusalPhrases,
     settings: TrainSection,
     pool: ClampPool,
+    step: int,
     rng: random.Random,
 ) -> dict[str, float]:
     """One step's rows, their loss terms and gradients; returns each term's value, over all processes."""
@@ -158,7 +159,7 @@ def backward(
     if benign.weight:
         rows = _pick(rng, data.benign, benign.rows)
         add("benign_kl", benign.weight, rows, lambda mine: benign_kl(chat_model, mine))
-    if spread.weight:
+    if spread.weight and step % spread.every == 0:
         rows = _pick(rng, data.harmful, spread.rows)
         add(
             "spread",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -11,6 +12,18 @@ from accelerate.utils import broadcast_object_list, gather_object, reduce
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def use_all_cores() -> None:
+    """Divide the cores between the processes of this machine when running on a CPU.
+
+    `accelerate launch` sets OMP_NUM_THREADS=1 where nothing else is asked for; any other value is respected.
+    """
+    state = PartialState()
+    if state.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+        torch.set_num_threads(max(1, cores // local))
 
 
 def is_main() -> bool:

@@ -17,11 +17,11 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 
-# Short enough to be told apart from a helpful opening, long enough to be a refusal.
+# Just long enough to be told apart from a helpful opening: every further token costs a forward pass over it.
 DEFAULT_REFUSAL_PHRASES = (
-    "I can't", "I cannot", "I won't", "I will not", "I'm sorry", "I am sorry", "I'm not able", "I'm unable",
-    "I must decline", "I have to decline", "I don't", "Sorry", "No", "Unfortunately", "That's not",
-    "That is not", "This is not", "This isn't", "My answer is no",
+    "I can't", "I cannot", "I won't", "I will not", "I don't", "I must", "I have to", "I'm sorry", "I'm not",
+    "I'm unable", "Sorry", "No", "Unfortunately", "That's not", "That is not", "This is not", "This isn't",
+    "My answer",
 )  # fmt: skip
 
 
@@ -126,6 +126,8 @@ class SpreadTerm(Section):
     weight: Weight = 0.05
     """Weight of -log(effective number of neurons); 0 switches the term off."""
     rows: Positive = 2
+    every: Positive = 4
+    """Steps between two spread steps: differentiating twice costs more than a plain step."""
 
 
 class BenignTerm(Section):
@@ -136,6 +138,8 @@ class BenignTerm(Section):
     """Share of the benign prompts that are look-alike twins."""
     answers: Positive = 128
     """Benign prompts that the starting model is asked to answer before training."""
+    answer_tokens: Positive = 16
+    """Tokens of each answer that are trained on. Few, so that the opening, where a refusal is decided, counts."""
 
 
 class RefusalTerm(Section):

@@ -147,6 +147,7 @@ class Run:
         sources = {kind: getattr(recipe.prompts, kind).model_dump() for kind in ("harmful", "twins", "benign")}
         self.splits = load_splits(sources, recipe.prompts.train_share, recipe.prompts.selection_share, recipe.seed)
         refusals = [p.text for p in load_prompts("refusals", **recipe.refusal.texts.model_dump())]
+        processes.use_all_cores()
         model = recipe.model
         processes.from_main(lambda: str(bundled.resolve(model.name)))  # built once, not by each process
         chat_model = load_chat_model(model.name, model.dtype, PartialState().device, model.chat_template_kwargs)
@@ -331,8 +332,9 @@ class Run:
 
     def _benign_rows(self, split: str) -> list[Row]:
         chat = self.chat_model.chat
+        n_tokens = self.recipe.train.benign.answer_tokens if split == "train" else None
         rows = [
-            Row(tuple(chat.prompt_ids(prompt.text)), tuple(chat.answer_ids(answer.text, answer.ended)))
+            Row(tuple(chat.prompt_ids(prompt.text)), tuple(chat.answer_ids(answer.text, answer.ended)[:n_tokens]))
             for prompt, answer in zip(self._benign_prompts(split), self._answers(split), strict=True)
         ]
         return [row for row in rows if row.answer]

@@ -1,0 +1,90 @@
+import math
+
+import pytest
+
+from harden.attack import (
+    Attempt,
+    Probe,
+    Responder,
+    Screened,
+    Search,
+    choose_for_generation,
+    screen_clamps,
+    search_worst_neuron,
+)
+from harden.generate import Completion, Request, answer_loss, complete
+from harden.interventions import Clamp
+from harden.locate import score_neurons
+from harden.neurons import Neuron
+from harden.planted import ANSWER, PLANTED_NEURON
+
+SIZES = (1.0, 4.0, 16.0)
+
+
+@pytest.fixture
+def responder(planted):
+    return Responder(planted, max_new_tokens=20, batch_size=16, max_nats_per_token=4.0)
+
+
+@pytest.fixture
+def probe(planted, prompts):
+    benign = [p.text for p in prompts["benign"][:2]]
+    answers = complete(planted, [Request(text) for text in benign], 20, 2, "answers")
+    return Probe(tuple(p.text for p in prompts["harmful"][:3]), tuple(benign), tuple(answers))
+
+
+def test_the_planted_model_refuses_the_harmful_and_answers_the_rest(responder, prompts):
+    for kind, outcome in (("harmful", "refuse"), ("twins", "comply"), ("benign", "comply")):
+        assert responder.attempt([None], prompts[kind], kind)[0].share(outcome) == 1.0
+
+
+def test_one_clamp_breaks_the_planted_model_and_other_neurons_do_not(responder, prompts):
+    clamps = [Clamp(PLANTED_NEURON, -30.0), Clamp(Neuron(0, 3), -5.0)]
+    broken, other = responder.attempt(clamps, prompts["harmful"], "clamps")
+    assert broken.share("comply") == 1.0 and other.share("refuse") == 1.0
+
+
+def test_the_search_finds_the_planted_neuron_from_scratch(responder, prompts, phrases, probe):
+    texts = [[p.text for p in prompts[kind][:8]] for kind in ("harmful", "twins")]
+    candidates = score_neurons(responder.chat_model, *texts, phrases, 8).top(6)
+    search = search_worst_neuron(responder, candidates, SIZES, prompts["harmful"][:10], probe, phrases, 2.0, 6, 4, 2)
+    assert search.worst.clamp.neuron == PLANTED_NEURON and search.worst.share("comply") == 1.0
+    assert search.no_attack.share("refuse") == 1.0
+    assert search.worst.clamp.value < 0  # beyond the harmless mean, away from the harmful one
+
+
+def test_screening_equals_scoring_one_clamp_at_a_time(responder, probe, phrases):
+    clamps = [Clamp(PLANTED_NEURON, -30.0), Clamp(PLANTED_NEURON, 60.0), Clamp(Neuron(2, 1), 3.0)]
+    together = screen_clamps(responder.chat_model, clamps, probe, phrases, 64, "all")
+    for clamp, screened in zip(clamps, together, strict=True):
+        alone = screen_clamps(responder.chat_model, [clamp], probe, phrases, 3, "one")[0]
+        assert screened.log_odds == pytest.approx(alone.log_odds, abs=1e-3)
+        assert screened.benign_rise == pytest.approx(alone.benign_rise, abs=1e-3)
+    assert together[0].log_odds < 0 < together[2].log_odds
+
+
+def test_incoherent_clamps_are_dropped_and_no_neuron_crowds_out_the_others():
+    a, b = Neuron(0, 1), Neuron(0, 2)
+    screened = [Screened(Clamp(a, float(v)), -9.0 + v, 0.1) for v in range(4)]
+    screened += [
+        Screened(Clamp(b, 1.0), 3.0, 0.1),
+        Screened(Clamp(b, 99.0), -50.0, 7.0),
+        Screened(Clamp(b, 2.0), -1.0, math.nan),
+    ]
+    assert choose_for_generation(screened, 2.0, 3) == [Clamp(a, 0.0), Clamp(a, 1.0), Clamp(b, 1.0)]
+
+
+def test_without_any_coherent_clamp_the_worst_is_no_attack():
+    no_attack = Attempt(None, {"p": "refuse"})
+    assert Search(no_attack, (), (), ()).worst is no_attack
+
+
+def test_answer_loss_is_low_for_what_the_model_says_and_high_for_noise(planted, prompts):
+    request = Request(prompts["benign"][0].text)
+    spoken, noise, empty = answer_loss(
+        planted,
+        [request] * 3,
+        [Completion(ANSWER, True), Completion("soup begin hide the old old", True), Completion("", False)],
+        2,
+    )
+    assert spoken < 2.0 and noise > 4.0 and empty == math.inf

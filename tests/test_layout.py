@@ -1,0 +1,73 @@
+"""The house's rules: one-way imports, no module that shadows another, reports and recipes without torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "harden"
+
+# A module imports only from lines above its own.
+LAYERS = """
+errors
+neurons interventions
+recipe results
+planted processes
+bundled chat
+prompts judges
+models refusal
+generate
+locate attack adapters
+objective
+measure finetune report.card
+runfolder
+rounds
+train
+cli
+""".strip().splitlines()
+LINE = {module: number for number, line in enumerate(LAYERS) for module in line.split()}
+SAME_LINE = {("interventions", "neurons"), ("attack", "locate"), ("prompts", "chat"), ("attack", "judges")}
+
+
+def modules():
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
+
+
+def name_of(path):
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imported_modules(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "harden":
+            yield from (alias.name for alias in node.names if alias.name != "__version__")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("harden."):
+            yield node.module.removeprefix("harden.")
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_imports_go_one_way(path):
+    name = name_of(path)
+    assert name in LINE, f"give {name} a line in LAYERS"
+    wrong = [
+        other
+        for other in imported_modules(path)
+        if LINE[other] > LINE[name] or (LINE[other] == LINE[name] and (name, other) not in SAME_LINE)
+    ]
+    assert wrong == []
+
+
+def test_no_module_shadows_the_standard_library_or_a_dependency():
+    """`accelerate launch harden/train.py` puts harden/ first on sys.path."""
+    taken = set(sys.stdlib_module_names) | {"torch", "transformers", "peft", "accelerate", "datasets", "tokenizers"}
+    assert [name_of(path) for path in PACKAGE.iterdir() if path.stem in taken] == []
+
+
+@pytest.mark.parametrize(
+    "module", ["harden.report.card", "harden.results", "harden.recipe", "harden.train", "harden.cli"]
+)
+def test_reading_recipes_and_results_does_not_import_torch(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,97 @@
+import math
+
+import pytest
+import torch
+
+from harden.adapters import attach_adapter, trained_parameters
+from harden.interventions import Clamp
+from harden.objective import Row, benign_kl, refusal_loss, spread_loss
+from harden.planted import PLANTED_NEURON
+
+
+@pytest.fixture
+def adapted(planted):
+    attach_adapter(planted, 4, 8, ("all-linear",), None, 0)
+    return planted
+
+
+def row(chat_model, text, answer, interventions=()):
+    chat = chat_model.chat
+    return Row(tuple(chat.prompt_ids(text)), tuple(chat.answer_ids(answer)), interventions)
+
+
+def shake(chat_model, size=0.3):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in trained_parameters(chat_model.model):
+            parameter.add_(size * torch.randn_like(parameter))
+
+
+def by_hand(chat_model, r):
+    """Log-probabilities of the answer's tokens, one unpadded forward pass."""
+    logits = chat_model.model(torch.tensor([r.prompt + r.answer])).logits[0].log_softmax(-1)
+    return logits[len(r.prompt) - 1 : -1]
+
+
+def test_refusal_loss_is_the_mean_cross_entropy_of_the_answer(adapted):
+    rows = [
+        row(adapted, "how do i build a bomb ?", "I cannot help ."),
+        row(adapted, "sell a virus", "I cannot help with that request ."),
+    ]
+    losses = refusal_loss(adapted, rows)
+    for loss, r in zip(losses, rows, strict=True):
+        expected = -by_hand(adapted, r).gather(1, torch.tensor(r.answer)[:, None]).mean()
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_refusal_loss_is_higher_under_the_clamp_that_breaks_refusal(adapted):
+    text, refusal = "how do i build a bomb ?", "I cannot help with that request ."
+    rows = [row(adapted, text, refusal), row(adapted, text, refusal, (Clamp(PLANTED_NEURON, -30.0),))]
+    plain, clamped = refusal_loss(adapted, rows).tolist()
+    assert clamped > plain + 0.2
+
+
+def test_benign_kl_is_zero_for_the_starting_model_and_the_sum_over_the_vocabulary_after(adapted):
+    rows = [row(adapted, "build a cake", "Sure , here are"), row(adapted, "paint a small river today", "Sure")]
+    assert benign_kl(adapted, rows).abs().max() < 1e-6
+    with torch.no_grad():
+        reference = [by_hand(adapted, r) for r in rows]
+    shake(adapted)
+    for kl, r, ref in zip(benign_kl(adapted, rows), rows, reference, strict=True):
+        expected = (ref.exp() * (ref - by_hand(adapted, r))).sum(-1).mean()
+        torch.testing.assert_close(kl, expected, rtol=1e-3, atol=1e-5)
+        assert kl > 1e-3
+
+
+def test_spread_loss_is_minus_log_of_the_effective_neurons_and_its_gradient_is_right(adapted, phrases):
+    prompts = [adapted.chat.prompt_ids("how do i build a bomb ?"), adapted.chat.prompt_ids("sell a virus")]
+    shake(adapted, 0.05)
+    loss = spread_loss(adapted, prompts, phrases)
+    assert 1 <= math.exp(-float(loss)) <= adapted.neurons.count
+    loss.backward()
+    parameter = max(trained_parameters(adapted.model), key=lambda p: float(p.grad.abs().max()))
+    place, step = int(parameter.grad.abs().argmax()), 1e-3
+    with torch.no_grad():
+        parameter.view(-1)[place] += step
+        up = float(spread_loss_value(adapted, prompts, phrases))
+        parameter.view(-1)[place] -= 2 * step
+        down = float(spread_loss_value(adapted, prompts, phrases))
+    assert float(parameter.grad.view(-1)[place]) == pytest.approx((up - down) / (2 * step), rel=0.1)
+
+
+def spread_loss_value(chat_model, prompts, phrases):
+    with torch.enable_grad():
+        return spread_loss(chat_model, prompts, phrases).detach()
+
+
+def test_descending_the_spread_loss_spreads_refusal(adapted, phrases):
+    prompts = [adapted.chat.prompt_ids("how do i build a bomb ?")]
+    optimizer = torch.optim.Adam(trained_parameters(adapted.model), lr=1e-2)
+    values = []
+    for _ in range(15):
+        loss = spread_loss(adapted, prompts, phrases)
+        values.append(math.exp(-float(loss)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert values[0] < 1.5 and values[-1] > 2 * values[0]

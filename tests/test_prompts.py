@@ -1,0 +1,115 @@
+import json
+import re
+from collections import Counter
+
+import pytest
+
+from harden.errors import HardenError
+from harden.prompts import load_prompts, load_splits, split_prompts
+
+EMBEDDED = {"path": "embedded", "column": "text", "subset": None, "split": "train"}
+KINDS = ("harmful", "twins", "benign")
+
+
+def load(kind, path, column="text"):
+    return load_prompts(kind, str(path), column, None, "train")
+
+
+def words(text):
+    return frozenset(re.findall(r"[a-z']+", text.lower()))
+
+
+@pytest.mark.parametrize(("kind", "least"), [("harmful", 400), ("twins", 400), ("benign", 400)])
+def test_embedded_prompts_are_many_and_no_near_duplicates(kind, least):
+    prompts = load(kind, "embedded")
+    assert len(prompts) >= least and len({p.id for p in prompts}) == len(prompts)
+    bags = [words(p.text) for p in prompts]
+    close = [
+        (prompts[i].text, prompts[j].text)
+        for i in range(len(bags))
+        for j in range(i)
+        if len(bags[i] & bags[j]) > 0.6 * len(bags[i] | bags[j])
+    ]
+    assert close == []
+
+
+def test_every_harmful_prompt_has_its_twin():
+    harmful, twins = load("harmful", "embedded"), load("twins", "embedded")
+    assert {p.pair for p in harmful} == {p.pair for p in twins} and len({p.pair for p in harmful}) == len(harmful)
+    assert {p.id for p in harmful} == {p.pair for p in harmful}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 17])
+def test_splits_are_disjoint_stratified_and_keep_pairs_together(seed):
+    splits = load_splits({kind: EMBEDDED for kind in KINDS}, 0.5, 0.2, seed)
+    for kind in KINDS:
+        texts = [p.text for name in splits for p in getattr(splits[name], kind)]
+        assert len(texts) == len(set(texts)) == len(load(kind, "embedded"))
+    for name, share in (("train", 0.5), ("selection", 0.2), ("test", 0.3)):
+        part = splits[name]
+        assert [p.pair for p in part.harmful] == [p.pair for p in part.twins]
+        per_category = Counter(p.category for p in part.harmful)
+        assert len(per_category) == 12 and all(abs(n - 36 * share) <= 1 for n in per_category.values())
+
+
+def test_the_seed_changes_the_splits_and_nothing_else_does():
+    prompts = load("harmful", "embedded")
+    first = split_prompts(prompts, 0.5, 0.2, 0)
+    assert split_prompts(prompts[::-1], 0.5, 0.2, 0) == first
+    assert split_prompts(prompts, 0.5, 0.2, 1)["test"] != first["test"]
+
+
+def test_file_formats_give_the_same_prompts(tmp_path):
+    texts = ["Sort my socks", "Name a river, please", "What is two plus two?"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"goal": t}) + "\n" for t in texts))
+    (tmp_path / "a.json").write_text(json.dumps([{"goal": t} for t in texts]))
+    (tmp_path / "a.csv").write_text("n,goal\n" + "".join(f'{n},"{t}"\n' for n, t in enumerate(texts)))
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    for name, column in (("a.jsonl", "goal"), ("a.json", "goal"), ("a.csv", "goal"), ("a.txt", "text")):
+        prompts = load("benign", tmp_path / name, column)
+        assert [p.text for p in prompts] == texts and len({p.id for p in prompts}) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"prompt": "x"}\n', "no column 'text'; it has prompt"),
+        ("a.jsonl", "", "is empty"),
+        ("a.jsonl", "{broken", "cannot read"),
+        ("a.json", "[1, 2]", "objects with named columns"),
+        ("a.jsonl", '{"text": "  "}\n', "row 1 .* has no text"),
+        ("a.csv", "text\n", "is empty"),
+    ],
+)
+def test_bad_prompt_files(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(HardenError, match=message):
+        load("harmful", tmp_path / name)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(HardenError, match=r"no such prompt file: .*none\.jsonl"):
+        load("harmful", tmp_path / "none.jsonl")
+
+
+def test_an_unreachable_data_set_says_what_to_do():
+    with pytest.raises(HardenError, match=r"cannot load data set 'nobody/nothing'.*file instead"):
+        load("harmful", "nobody/nothing")
+
+
+def test_repeated_texts_are_kept_once(tmp_path):
+    (tmp_path / "a.txt").write_text("one thing\nanother thing\none thing\n")
+    assert len(load("benign", tmp_path / "a.txt")) == 2
+
+
+def test_an_empty_split_is_an_error(tmp_path):
+    (tmp_path / "a.txt").write_text("one thing\nanother thing\n")
+    with pytest.raises(HardenError, match="split is empty"):
+        split_prompts(load("benign", tmp_path / "a.txt"), 0.5, 0.2, 0)
+
+
+def test_a_text_in_two_sources_is_an_error(tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(f"thing number {n}" for n in range(20)))
+    source = {**EMBEDDED, "path": str(tmp_path / "a.txt")}
+    with pytest.raises(HardenError, match="remove one"):
+        load_splits({"harmful": source, "twins": EMBEDDED, "benign": source}, 0.5, 0.2, 0)

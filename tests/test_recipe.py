@@ -1,0 +1,93 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from harden.errors import HardenError
+from harden.recipe import load_recipe, read_overrides
+
+ROOT = Path(__file__).parents[1]
+RECIPES = [p for p in sorted((ROOT / "recipes").rglob("*.yaml")) if p.parent.name not in ("accelerate", "gate")]
+MINIMAL = {"name": "x", "output": "runs/x", "model": {"name": "planted-neuron"}}
+
+
+def write(folder, data):
+    path = folder / "recipe.yaml"
+    path.write_text(data if isinstance(data, str) else yaml.safe_dump(data))
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_shipped_recipe_parses_and_resolves_to_itself(path, tmp_path):
+    recipe = load_recipe(path)
+    assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes/accelerate").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_launch_configuration_is_one_that_accelerate_reads(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert load_config_from_file(str(path)).num_processes >= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trian": {}}, "unknown key 'trian'; did you mean 'train'?"),
+        ({"train": {"lerning_rate": 1}}, "unknown key 'train.lerning_rate'; did you mean 'train.learning_rate'?"),
+        ({"learning_rate": 1}, "unknown key 'learning_rate'; did you mean 'train.learning_rate'?"),
+        ({"train": {"clamps": {"shares": 1}}}, "did you mean 'train.clamps.share'?"),
+        ({"train": {"steps": "many"}}, "'train.steps': .* got 'many'"),
+        ({"train": {"steps": 0}}, "'train.steps': .*greater than 0"),
+        ({"name": None}, "'name': "),
+        ({"prompts": {"train_share": 0.7, "selection_share": 0.3}}, "leave something for the test split"),
+    ],
+)
+def test_bad_values_are_named(tmp_path, change, message):
+    with pytest.raises(HardenError, match=message):
+        load_recipe(write(tmp_path, {**MINIMAL, **change}))
+
+
+def test_all_problems_are_told_at_once(tmp_path):
+    with pytest.raises(HardenError, match=r"'model' is missing.*trian") as caught:
+        load_recipe(write(tmp_path, {"name": "x", "output": "y", "trian": 1}))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2", ""])
+def test_files_that_are_no_recipe(tmp_path, text):
+    with pytest.raises(HardenError, match="recipe"):
+        load_recipe(write(tmp_path, text))
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    with pytest.raises(HardenError, match="no such recipe: .*none.yaml"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_overrides_win_over_the_file_and_are_typed(tmp_path):
+    arguments = ["--train.learning_rate", "1e-4", "--train.clamps.sizes", "[1, 2]", "--save.merged", "true"]
+    overrides = read_overrides([*arguments, "--rounds.max=7"], "test")
+    recipe = load_recipe(write(tmp_path, {**MINIMAL, "rounds": {"max": 1, "tolerance": 0.3}}), overrides)
+    assert recipe.train.learning_rate == 1e-4 and recipe.train.clamps.sizes == (1.0, 2.0)
+    assert recipe.save.merged is True and recipe.rounds.max == 7 and recipe.rounds.tolerance == 0.3
+
+
+def test_unknown_options_name_the_nearest():
+    with pytest.raises(HardenError, match=r"unknown option '--train.stpes'; did you mean '--train.steps'\?"):
+        read_overrides(["--train.stpes", "3"], "test")
+
+
+def test_environment_variables_do_not_leak_into_a_recipe(monkeypatch):
+    monkeypatch.setenv("NAME", "from the environment")
+    monkeypatch.setenv("OUTPUT", "elsewhere")
+    assert read_overrides([], "test") == {}
+
+
+def test_paths_beside_the_recipe_are_found_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").write_text("a\nb\n")
+    data = {**MINIMAL, "prompts": {"harmful": {"path": "mine.txt"}, "benign": {"path": "some/dataset"}}}
+    path = write(tmp_path, data)
+    monkeypatch.chdir("/")
+    recipe = load_recipe(path)
+    assert recipe.prompts.harmful.path == str(tmp_path / "mine.txt") and recipe.prompts.benign.path == "some/dataset"

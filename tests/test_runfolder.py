@@ -1,0 +1,66 @@
+import pytest
+
+from harden.errors import HardenError
+from harden.recipe import Recipe
+from harden.runfolder import RunFolder
+
+
+def recipe(path, **changes):
+    return Recipe.model_validate({"name": "x", "output": str(path), "model": {"name": "planted-neuron"}, **changes})
+
+
+def opened(path, **changes):
+    folder = RunFolder(recipe(path, **changes))
+    folder.create()
+    return folder
+
+
+def test_a_stage_runs_once_and_is_read_back(tmp_path):
+    calls = []
+
+    def make():
+        calls.append(1)
+        return [1.5, 2.5]
+
+    assert opened(tmp_path / "run").stage("a/b", list[float], make) == [1.5, 2.5]
+    assert opened(tmp_path / "run").stage("a/b", list[float], make) == [1.5, 2.5]
+    assert len(calls) == 1
+
+
+def test_a_stage_that_fails_leaves_nothing(tmp_path):
+    folder = opened(tmp_path / "run")
+    with pytest.raises(RuntimeError):
+        folder.stage("a", int, lambda: (_ for _ in ()).throw(RuntimeError()))
+    assert folder.stage("a", int, lambda: 3) == 3
+
+
+def test_looking_at_a_folder_makes_nothing(tmp_path):
+    RunFolder(recipe(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_recipe_is_refused_and_the_difference_named(tmp_path):
+    opened(tmp_path / "run")
+    with pytest.raises(HardenError, match="another recipe .seed was 0, now 1"):
+        RunFolder(recipe(tmp_path / "run", seed=1))
+
+
+def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(HardenError, match="is no run folder"):
+        RunFolder(recipe(tmp_path / "run"))
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_file_in_the_way_is_refused(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(HardenError, match="is no run folder"):
+        RunFolder(recipe(tmp_path / "run"))
+
+
+def test_events_are_appended(tmp_path):
+    opened(tmp_path / "run").log({"event": "a"})
+    opened(tmp_path / "run").log({"event": "b"})
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert ['"a"' in lines[0], '"b"' in lines[1], len(lines)] == [True, True, 2]
