@@ -66,7 +66,10 @@ def _complete_batch(chat_model, batch, max_new_tokens) -> list[Completion]:
     )
     with intervene(chat_model.neurons, [interventions for _, interventions in batch]):
         tokens = chat_model.model.generate(
-            input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, generation_config=config
+            input_ids=prompts.input_ids,
+            attention_mask=prompts.attention_mask,
+            generation_config=config,
+            synced_gpus=processes.sharded(),
         )
     completions = []
     for row in tokens[:, prompts.input_ids.shape[1] :].tolist():

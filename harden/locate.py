@@ -109,7 +109,7 @@ def score_neurons(
 
 
 def _means(chat_model, requests, phrases, batch_size, bar):
-    """Mean activation, mean gradient of -(log-odds) and mean attribution, each a list of (tail, d_mlp), and the log-odds."""
+    """Means of activation, gradient of -(log-odds) and attribution, each a list of (tail, d_mlp); the log-odds."""
     tail = chat_model.chat.template_tail
     share = processes.my_share(requests)
     activation = [torch.zeros(tail, width, device=chat_model.device) for width in chat_model.neurons.widths]

@@ -73,6 +73,6 @@ def _explain(name: str, error: Exception) -> str:
     if isinstance(error, OSError):
         return (
             f"it is neither a bundled model ({', '.join(bundled.NAMES)}), nor a folder, nor a hub id that can be "
-            f"reached from here; check the spelling and the network, or download it and give the folder ({reason[:200]})"
+            f"reached from here; check the spelling and the network, or give a downloaded folder ({reason[:200]})"
         )
     return reason[:400]

@@ -14,6 +14,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def sharded() -> bool:
+    """Whether the launch configuration asks for FSDP; all processes must then run the same forward passes."""
+    return count() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+
+
 def use_all_cores() -> None:
     """Divide the cores between the processes of this machine when running on a CPU.
 

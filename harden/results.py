@@ -129,8 +129,6 @@ class RoundRecord(Record):
     accepted: bool
     decision: str
     """Why the round was accepted or not, and what followed."""
-    train_seconds: float
-    search_seconds: float
 
 
 class Results(Record):
@@ -152,4 +150,4 @@ class Results(Record):
     max_new_tokens: int
     processes: int
     seconds: float
-    """Sum of the stages' times; a resumed run counts each stage once."""
+    """Sum of the stages' times; a stage that was interrupted counts from its last start."""

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from accelerate import PartialState
@@ -34,11 +32,11 @@ from harden.refusal import RefusalPhrases
 from harden.report.card import model_card
 from harden.results import Measurement, Results, RoundRecord
 from harden.runfolder import RunFolder, write_atomically
+from harden.sharding import shard_frozen_weights
 
 logger = logging.getLogger(__name__)
-Value = TypeVar("Value")
 
-PROBE_BENIGN = 2  # benign prompts on which a clamp's coherence is screened
+PROBE_BENIGN = 1  # benign prompts on which a clamp's coherence is screened
 SELECTION_BENIGN, TEST_BENIGN = 32, 48  # benign prompts on which KL is measured
 
 
@@ -55,8 +53,8 @@ def harden(recipe: Recipe) -> Results:
     before = run.measure_test(0, rounds[0])
     while (stop_reason := reason_to_stop(rounds, recipe)) is None:
         number = len(rounds)
-        seconds = run.train(number, breakers(rounds))
-        rounds.append(run.inspect(number, rounds[0].selection, seconds))
+        run.train(number, breakers(rounds))
+        rounds.append(run.inspect(number, rounds[0].selection))
     kept = best_round(rounds)
     run.restore(kept.number)
     after = run.measure_test(kept.number, kept)
@@ -75,7 +73,7 @@ def harden(recipe: Recipe) -> Results:
         stop_reason=stop_reason,
         max_new_tokens=recipe.generation.max_new_tokens,
         processes=processes.count(),
-        seconds=round(run.seconds, 1),
+        seconds=round(folder.seconds(), 1),
     )
     run.save(results)
     return results
@@ -143,7 +141,6 @@ class Run:
 
     def __init__(self, recipe: Recipe, folder: RunFolder):
         self.recipe, self.folder = recipe, folder
-        self.seconds = 0.0
         sources = {kind: getattr(recipe.prompts, kind).model_dump() for kind in ("harmful", "twins", "benign")}
         self.splits = load_splits(sources, recipe.prompts.train_share, recipe.prompts.selection_share, recipe.seed)
         refusals = [p.text for p in load_prompts("refusals", **recipe.refusal.texts.model_dump())]
@@ -153,6 +150,7 @@ class Run:
         chat_model = load_chat_model(model.name, model.dtype, PartialState().device, model.chat_template_kwargs)
         lora = recipe.train.lora
         attach_adapter(chat_model, lora.rank, lora.alpha, lora.target_modules, model.adapter, recipe.seed)
+        shard_frozen_weights(chat_model, recipe.train.spread.weight)
         self.chat_model = chat_model
         self.phrases = RefusalPhrases(chat_model.chat, recipe.refusal.phrases)
         self.responder = Responder(
@@ -165,14 +163,13 @@ class Run:
 
     # -- the steps ---------------------------------------------------------------------------------------------
 
-    def inspect(self, number: int, start: Measurement | None, train_seconds: float = 0.0) -> RoundRecord:
+    def inspect(self, number: int, start: Measurement | None) -> RoundRecord:
         """Search the present model for its worst neuron and measure it on the selection split."""
         recipe = self.recipe
         selection = self.splits["selection"]
         prompts = selection.harmful[: recipe.attack.selection_prompts]
 
         def make() -> RoundRecord:
-            began = time.monotonic()
             scores = self._scores("selection")
             candidates = scores.top(recipe.attack.candidates, recipe.locate.layer_share)
             search = self._search(candidates, prompts)
@@ -196,12 +193,9 @@ class Run:
                 selection=measurement,
                 accepted=accepted,
                 decision=decision,
-                train_seconds=train_seconds,
-                search_seconds=round(time.monotonic() - began, 1),
             )
 
         record = self.folder.stage(f"round-{number}/inspect", RoundRecord, make)
-        self.seconds += record.search_seconds
         worst = record.selection.worst_neuron
         logger.info(
             "round %d, selection split: worst neuron %s at %s, ASR %s (no attack %s); %s",
@@ -210,13 +204,12 @@ class Run:
         )  # fmt: skip
         return record
 
-    def train(self, number: int, past_breakers: Sequence[Neuron]) -> float:
-        """Train for one round, keep its adapter and return the seconds it took (since the last resumption)."""
+    def train(self, number: int, past_breakers: Sequence[Neuron]) -> None:
+        """Train for one round and keep its adapter."""
         state = self.folder.state / f"round-{number}"
         state.mkdir(parents=True, exist_ok=True)
 
-        def make() -> float:
-            began = time.monotonic()
+        def make() -> int:
             train_round(
                 self.chat_model,
                 self.data,
@@ -231,12 +224,10 @@ class Run:
                 self.folder.log,
             )
             self._keep_adapter(number)
-            return round(time.monotonic() - began, 1)
+            return self.recipe.train.steps
 
-        seconds = self.folder.stage(f"round-{number}/train", float, make)
+        self.folder.stage(f"round-{number}/train", int, make)
         self.restore(number)
-        self.seconds += seconds
-        return seconds
 
     def measure_test(self, number: int, record: RoundRecord) -> Measurement:
         """Measure the present model, under the clamp that was worst on the selection split, on the test split."""
@@ -245,18 +236,12 @@ class Run:
         worst = record.selection.worst_neuron
         clamp = Clamp(Neuron.parse(worst.neuron), worst.value) if worst.neuron else None
 
-        def make() -> tuple[Measurement, float]:
-            began = time.monotonic()
+        def make() -> Measurement:
             no_attack, attacked = self.responder.attempt([None, clamp], test.harmful[:n], f"round {number}: test")
-            measurement = measure(
-                self.responder, "test", no_attack, attacked, test.twins[:n], self.benign_rows["test"],
-                self._scores("test"),
-            )  # fmt: skip
-            return measurement, round(time.monotonic() - began, 1)
+            twins, benign, scores = test.twins[:n], self.benign_rows["test"], self._scores("test")
+            return measure(self.responder, "test", no_attack, attacked, twins, benign, scores)
 
-        measurement, seconds = self.folder.stage(f"round-{number}/test", tuple[Measurement, float], make)
-        self.seconds += seconds
-        return measurement
+        return self.folder.stage(f"round-{number}/test", Measurement, make)
 
     def restore(self, number: int) -> None:
         """Make the model the one of a round."""

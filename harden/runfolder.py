@@ -67,12 +67,24 @@ class RunFolder:
         saved = processes.from_main(lambda: path.read_text(encoding="utf-8") if path.exists() else None)
         if saved is not None:
             return adapter.validate_json(saved)
+        began = time.monotonic()
         value = make()
+        seconds = round(time.monotonic() - began, 2)
         text = processes.from_main(lambda: adapter.dump_json(value).decode())
         if processes.is_main():
             write_atomically(path, text)
+        self.log({"event": "stage", "stage": name, "seconds": seconds})
         processes.wait()
         return adapter.validate_json(text)  # what a resumed run would read
+
+    def seconds(self) -> float:
+        """Time that the finished stages took, over all sittings."""
+
+        def total() -> float:
+            lines = (self.path / "log.jsonl").read_text(encoding="utf-8").splitlines()
+            return sum(event["seconds"] for event in map(json.loads, lines) if event["event"] == "stage")
+
+        return processes.from_main(total)
 
     def log(self, event: dict[str, Any]) -> None:
         """Append one event to log.jsonl."""

@@ -21,7 +21,7 @@ models refusal
 generate
 locate attack adapters
 objective
-measure finetune report.card
+measure finetune sharding report.card
 runfolder
 rounds
 train

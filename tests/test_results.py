@@ -1,9 +1,11 @@
+import json
 import math
 
 import pytest
+from conftest import ROOT
 
 from harden.errors import MeasurementError
-from harden.results import Mean, Rate
+from harden.results import Mean, Rate, Results
 
 
 @pytest.mark.parametrize(
@@ -35,3 +37,9 @@ def test_no_mean_of_nothing(values):
 def test_no_rate_of_nothing():
     with pytest.raises(MeasurementError):
         Rate.of(0, 0)
+
+
+def test_the_published_schema_is_the_one_of_the_code():
+    schema = json.loads((ROOT / "docs/results.schema.json").read_text())
+    schema.pop("$schema")
+    assert schema == Results.model_json_schema(), "run scripts/write_results_schema.py docs/results.schema.json"

@@ -40,7 +40,7 @@ def measurement(worst=60, no_attack=2, flipped=None, over_refusal=5, kl=0.01, re
 def record(number, accepted=True, decision="", finals=(), **values):
     return RoundRecord(
         number=number, steps=1, located=[], screened=[], first_heat=[], finals=list(finals),
-        selection=measurement(**values), accepted=accepted, decision=decision, train_seconds=0, search_seconds=0,
+        selection=measurement(**values), accepted=accepted, decision=decision,
     )  # fmt: skip
 
 

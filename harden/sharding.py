@@ -1,0 +1,38 @@
+"""Sharding the frozen weights of a model that does not fit on one device (FSDP2).
+
+Asked for by an `accelerate` configuration with distributed_type FSDP. Only the frozen base is sharded, layer by
+layer; the adapters are small and stay whole on every process, so gradients, checkpoints and saving work as without.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from harden import processes
+from harden.errors import HardenError
+from harden.models import ChatModel
+
+logger = logging.getLogger(__name__)
+
+
+def shard_frozen_weights(chat_model: ChatModel, spread_weight: float) -> None:
+    """Shard the base under `chat_model.model` (a PEFT model), in place, if the launch configuration asks for FSDP.
+
+    Raises HardenError when the spread term is on: it differentiates twice, and FSDP2 frees a layer's weights before
+    the second time.
+    """
+    if not processes.sharded():
+        return
+    if spread_weight:
+        raise HardenError("train.spread cannot run under FSDP, which has no second derivative: set its weight to 0")
+    base = chat_model.model.get_base_model()
+    n_layers = len(chat_model.neurons.widths)
+    layers = next(m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers)
+    adapters = {parameter for name, parameter in base.named_parameters() if "lora_" in name}
+    for layer in layers:
+        fully_shard(layer, ignored_params=adapters)
+    fully_shard(base, ignored_params=adapters)
+    logger.info("sharded the frozen weights over %d processes (FSDP2)", processes.count())
