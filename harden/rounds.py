@@ -253,10 +253,16 @@ class Run:
         if processes.is_main():
             for config in self.chat_model.model.peft_config.values():
                 config.base_model_name_or_path = self.recipe.model.name
-            _write_folder(self.folder.path / "adapter", lambda part: save_adapter(self.chat_model.model, part))
+            card = model_card(results, self.recipe)
+
+            def write_adapter(part: Path) -> None:
+                save_adapter(self.chat_model.model, part)
+                write_atomically(part / "README.md", card)  # instead of PEFT's empty template
+
+            _write_folder(self.folder.path / "adapter", write_adapter)
             if self.recipe.save.merged:
                 _write_folder(self.folder.path / "model", self._save_merged)
-            write_atomically(self.folder.path / "README.md", model_card(results, self.recipe))
+            write_atomically(self.folder.path / "README.md", card)
             write_atomically(self.folder.path / "results.json", results.model_dump_json(indent=1) + "\n")
         processes.wait()
 

@@ -75,7 +75,7 @@ from transformers import AutoModelForCausalLM
 model = PeftModel.from_pretrained(base, "adapter")
 ```
 
-These lines, run in this folder, give the model that was measured.
+These lines, run in the run folder (the one that holds `adapter/`), give the model that was measured.
 
 ## Measured
 
