@@ -21,7 +21,9 @@ from harden.planted import PLANTED_NEURON
 from harden.prompts import load_prompts
 
 TRAIN = [sys.executable, str(ROOT / "harden/train.py")]
-LAUNCH = [str(Path(sys.executable).with_name("accelerate")), "launch", "-q", "--cpu"]
+LAUNCH = [str(Path(sys.executable).with_name("accelerate")), "launch", "-q", "--config_file"]
+TWO_CPUS = [*LAUNCH, str(ROOT / "recipes/accelerate/one_machine_cpu.yaml")]
+TWO_SHARDS = [*LAUNCH, str(ROOT / "recipes/accelerate/one_machine_cpu_fsdp2.yaml")]
 PLANTED = ROOT / "recipes/planted/harden.yaml"
 
 
@@ -133,8 +135,8 @@ def test_the_card_loads_exactly_the_measured_model(finished, environment):
     chat_model = load_chat_model(str(built))
     chat_model.model = PeftModel.from_pretrained(chat_model.model, str(folder / "adapter")).eval()
     chat_model.neurons = find_neurons(chat_model.model)
-    with torch.no_grad():
-        assert torch.equal(chat_model.model(torch.tensor([[2, 29, 30, 31, 61, 32, 41, 3, 4]])).logits, logits)
+    with torch.no_grad():  # equal to the bit with equally many threads: tests/test_adapters.py
+        torch.testing.assert_close(chat_model.model(torch.tensor([[2, 29, 30, 31, 61, 32, 41, 3, 4]])).logits, logits)
     outcomes = results_of(folder)["after"]["no_attack"]["outcomes"]
     texts = {
         p.id: p.text for p in load_prompts("harmful", str(PLANTED.parent / "harmful.jsonl"), "text", None, "train")
@@ -205,7 +207,7 @@ def test_ctrl_c_says_how_to_go_on(environment, tmp_path):
 
 
 def test_two_processes_reach_the_same_outcomes(finished, environment, tmp_path):
-    command = [*LAUNCH, "--num_processes", "2", str(ROOT / "harden/train.py")]
+    command = [*TWO_CPUS, str(ROOT / "harden/train.py")]
     done = harden(["--config", PLANTED, "--save.merged", "true"], environment, tmp_path, command)
     assert done.returncode == 0, done.stderr
     one, two = results_of(finished[0]), results_of(tmp_path / "runs/planted")
@@ -231,7 +233,7 @@ def test_work_is_divided_between_processes(environment, tmp_path):
         "    return [10 * item for item in items]\n"
         "print('got', processes.divide([1, 2, 3, 4, 5], work), flush=True)\n"
     )
-    done = harden([], environment, tmp_path, [*LAUNCH, "--num_processes", "2", str(script)])
+    done = harden([], environment, tmp_path, [*TWO_CPUS, str(script)])
     assert done.returncode == 0, done.stderr
     assert "did 0 [1, 2, 3]" in done.stdout and "did 1 [4, 5, 1]" in done.stdout  # filled up to equal length
     assert done.stdout.count("got [10, 20, 30, 40, 50]") == 2
