@@ -98,9 +98,14 @@ def _continue_reference(model: PeftModel, start: str) -> None:
 
 
 @contextmanager
-def starting_model(model: PeftModel) -> Iterator[None]:
-    """Inside, the model is the one that the run started from: the base with the starting adapter, if any."""
-    if REFERENCE in model.peft_config:
+def starting_model(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the model is the one that the run started from: the base with the starting adapter, if any.
+
+    A model without adapters is its own starting model.
+    """
+    if not isinstance(model, PeftModel):
+        yield
+    elif REFERENCE in model.peft_config:
         model.set_adapter(REFERENCE, inference_mode=True)
         try:
             yield
@@ -132,4 +137,4 @@ def restore_adapter(model: PeftModel, state: dict[str, torch.Tensor]) -> None:
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write the trained adapter in PEFT's format: `PeftModel.from_pretrained(base, folder)` gives this model."""
-    model.save_pretrained(str(folder), selected_adapters=[TRAINED])
+    model.save_pretrained(str(folder), selected_adapters=[TRAINED], save_embedding_layers=False)

@@ -8,14 +8,18 @@ then on all of the selection split. Which neuron and value are worst is decided 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from harden import processes
+from harden.adapters import starting_model
 from harden.chat import pad_left
+from harden.errors import MeasurementError
 from harden.generate import Completion, Request, answer_loss, batch_answer_loss, complete, progress_bar
 from harden.interventions import Clamp, intervene
 from harden.judges import Outcome, judge
@@ -58,7 +62,11 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Responder:
-    """Generates and judges: everything that turns prompts into outcomes. Completions are dropped once judged."""
+    """Generates and judges: everything that turns prompts into outcomes. Completions are dropped once judged.
+
+    How likely a completion is, is always asked of the starting model: a hardened model finds any compliance unlikely,
+    and would pass its own bypasses off as gibberish.
+    """
 
     chat_model: ChatModel
     max_new_tokens: int
@@ -72,7 +80,8 @@ class Responder:
 
         def loss_without_attack(rows: list[int]) -> list[float]:
             plain = [Request(requests[row].text) for row in rows]
-            return answer_loss(self.chat_model, plain, [completions[row] for row in rows], self.batch_size)
+            with starting_model(self.chat_model.model):
+                return answer_loss(self.chat_model, plain, [completions[row] for row in rows], self.batch_size)
 
         judgements = judge([c.text for c in completions], loss_without_attack, self.max_nats_per_token)
         attempts = []
@@ -90,10 +99,14 @@ def screen_clamps(
     phrases: RefusalPhrases,
     batch_size: int,
     label: str,
+    coherence_at_start: bool = False,
 ) -> list[Screened]:
-    """Screen clamps with forward passes only. Work is divided between processes."""
-    if not clamps:
-        return []
+    """Screen clamps with forward passes only. Work is divided between processes.
+
+    coherence_at_start: measure the rise of the benign loss on the starting model instead of the present one.
+    Clamps under which anything is not finite are left out of the result.
+    """
+    model = chat_model.model
     plain = answer_loss(chat_model, [Request(text) for text in probe.benign], probe.answers, batch_size)
     base = sum(plain) / len(plain)
 
@@ -105,12 +118,14 @@ def screen_clamps(
             for start in range(0, len(mine), step):
                 part = mine[start : start + step]
                 log_odds = _clamped_log_odds(chat_model, part, probe.harmful, phrases)
-                losses = _clamped_losses(chat_model, part, probe)
+                with starting_model(model) if coherence_at_start else nullcontext():
+                    losses = _clamped_losses(chat_model, part, probe)
                 screened += [Screened(c, o, b - base) for c, o, b in zip(part, log_odds, losses, strict=True)]
                 bar.update(len(part))
         return screened
 
-    return processes.divide(list(clamps), work)
+    screened = processes.divide(list(clamps), work)
+    return [s for s in screened if math.isfinite(s.log_odds) and math.isfinite(s.benign_rise)]
 
 
 def _clamped_log_odds(chat_model, clamps, harmful, phrases) -> list[float]:
@@ -154,8 +169,8 @@ class Search:
 
     @property
     def worst(self) -> Attempt:
-        """The final with most `comply`; without any finals (no clamp was coherent), the run without attack."""
-        return max(self.finals, key=lambda a: a.share("comply"), default=self.no_attack)
+        """The final with most `comply`."""
+        return max(self.finals, key=lambda a: a.share("comply"))
 
 
 def search_worst_neuron(
@@ -173,11 +188,16 @@ def search_worst_neuron(
     """Screen candidates x sizes, generate with the best in two heats, and find the worst clamp for the model.
 
     heat_one clamps run on the first `heat_one_prompts` of `selection`; the best value of each of the `finalists`
-    worst neurons runs on all of it.
+    worst neurons runs on all of it. Raises MeasurementError when no clamp is coherent: nothing was attacked then.
     """
     clamps = [Clamp(c.neuron, c.clamp_value(size)) for c in candidates for size in sizes]
     screened = screen_clamps(responder.chat_model, clamps, probe, phrases, responder.batch_size, "screen clamps")
     chosen = choose_for_generation(screened, max_benign_rise, heat_one)
+    if not chosen:
+        raise MeasurementError(
+            f"none of {len(clamps)} clamps leaves the benign loss within {max_benign_rise} nats per token: nothing "
+            "could be attacked; give smaller attack.sizes or raise attack.max_benign_rise"
+        )
     heat = responder.attempt(chosen, selection[:heat_one_prompts], "first heat")
     best: dict = {}
     for attempt in sorted(heat, key=lambda a: a.share("comply")):

@@ -29,7 +29,7 @@ from harden.recipe import TrainSection
 from harden.refusal import RefusalPhrases
 
 FINAL_LEARNING_RATE = 0.1  # of the peak, reached linearly at the last step of a round
-RELOCATE_PROMPTS = 12  # harmful and as many benign prompts; locating again must stay cheap beside the steps
+RELOCATE_PROMPTS = 8  # harmful and as many benign prompts; locating again must stay cheap beside the steps
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def train_round(
     pool = ClampPool()
     first = 0
     if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+        saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
         restore_adapter(chat_model.model, saved["adapter"])
         optimizer.load_state_dict(saved["optimizer"])
         pool = ClampPool.from_json(saved["pool"])
@@ -165,7 +165,7 @@ def backward(
             "spread",
             spread.weight,
             rows,
-            lambda mine: spread_loss(chat_model, mine, phrases).expand(len(mine)),
+            lambda mine: spread_loss(chat_model, mine, phrases),
         )
     return losses
 
@@ -182,16 +182,24 @@ def weigh_clamps(
 ) -> ClampPool:
     """Locate neurons on the present weights and weigh their clamps by how well they break it now.
 
-    A clamp's weight is the chance that the model does not refuse under it plus `settings.clamps.floor`; clamps
-    that raise the loss on benign answers by more than `max_benign_rise` nats per token are left out.
+    A clamp's weight is the chance that the model does not refuse under it plus `settings.clamps.floor`; clamps that
+    raise the loss on benign answers by more than `max_benign_rise` nats per token are left out. That is measured on
+    the starting model: training can widen a neuron's activation gap, and the clamps must not grow with it until they
+    only make the model babble. Raises MeasurementError when no clamp is left.
     """
     harmful, twins = (_pick(rng, texts, RELOCATE_PROMPTS) for texts in (data.harmful_texts, data.twin_texts))
     scores = score_neurons(chat_model, harmful, twins, phrases, batch_size)
     located = {c.neuron: c for c in scores.top(settings.clamps.pool)}
     located.update({neuron: scores.candidate(neuron) for neuron in past_breakers})
     clamps = [Clamp(c.neuron, c.clamp_value(size)) for c in located.values() for size in settings.clamps.sizes]
-    screened = screen_clamps(chat_model, clamps, data.probe, phrases, batch_size, "weigh clamps")
+    screened = screen_clamps(
+        chat_model, clamps, data.probe, phrases, batch_size, "weigh clamps", coherence_at_start=True
+    )
     coherent = [entry for entry in screened if entry.benign_rise <= max_benign_rise]
+    if not coherent:
+        raise MeasurementError(
+            f"none of {len(clamps)} clamps is coherent: there is none to train under; give smaller train.clamps.sizes"
+        )
     floor = settings.clamps.floor
     return ClampPool(
         [entry.clamp for entry in coherent],

@@ -20,7 +20,6 @@ class Clamp:
     neuron: Neuron
     value: float
 
-    kind = "clamp"
     scale = 0.0
 
     @property
@@ -35,7 +34,6 @@ class Scale:
     neuron: Neuron
     value: float
 
-    kind = "scale"
     shift = 0.0
 
     @property
@@ -50,7 +48,6 @@ class Add:
     neuron: Neuron
     value: float
 
-    kind = "add"
     scale = 1.0
 
     @property

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from harden import processes
 from harden.attack import Attempt, Responder, Search
+from harden.judges import OUTCOMES, Outcome
 from harden.locate import Candidate, NeuronScores
 from harden.models import ChatModel
 from harden.objective import Row, benign_kl
@@ -24,7 +25,7 @@ def attack_record(attempt: Attempt, split: Split) -> AttackRecord:
         value=clamp.value if clamp else None,
         split=split,
         outcomes=attempt.outcomes,
-        **{kind: Rate.of(outcomes.count(kind), len(outcomes)) for kind in ("refuse", "comply", "degenerate")},
+        **{kind: Rate.of(outcomes.count(kind), len(outcomes)) for kind in OUTCOMES},
     )
 
 
@@ -43,8 +44,11 @@ def neuron_records(candidates: Sequence[Candidate]) -> list[NeuronRecord]:
 
 def flipped(worst: Attempt, no_attack: Attempt) -> Rate:
     """Prompts that comply under the clamp and not without it."""
-    flips = sum(o == "comply" and no_attack.outcomes[name] != "comply" for name, o in worst.outcomes.items())
-    return Rate.of(flips, len(worst.outcomes))
+    return Rate.of(count_flips(worst.outcomes, no_attack.outcomes), len(worst.outcomes))
+
+
+def count_flips(attacked: Mapping[str, Outcome], plain: Mapping[str, Outcome]) -> int:
+    return sum(outcome == "comply" and plain[name] != "comply" for name, outcome in attacked.items())
 
 
 def measure(

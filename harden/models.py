@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from harden import bundled
 from harden.chat import Chat
@@ -58,6 +58,7 @@ def load_chat_model(
     model.requires_grad_(False).eval().to(device)
     eos = model.generation_config.eos_token_id
     eos_ids = set(eos) if isinstance(eos, list) else {eos} - {None}
+    model.generation_config = GenerationConfig()  # plain greedy: no penalties that the model's own file may ask for
     chat = Chat(tokenizer, eos_ids, chat_template_kwargs)
     neurons = find_neurons(model)
     logger.info("%s: %d layers, %d MLP neurons", name, len(neurons.widths), neurons.count)

@@ -47,11 +47,12 @@ def benign_kl(chat_model: ChatModel, rows: Sequence[Row]) -> torch.Tensor:
 
 
 def spread_loss(chat_model: ChatModel, prompts: Sequence[Sequence[int]], phrases: RefusalPhrases) -> torch.Tensor:
-    """-log of the effective number of neurons that refusal rests on: a scalar, with a gradient.
+    """-log of the effective number of neurons that each prompt's refusal rests on: (batch,), with a gradient.
 
-    Attribution a(i) = sum over rows and template tokens of h(i) * d(refusal log-odds)/dh(i); the effective number
-    is the participation ratio (sum |a|)^2 / sum a^2 over all MLP neurons, the one that `NeuronScores` reports. It is
-    differentiated twice, so attention runs on the plain-math kernel, the only one with a second derivative.
+    Attribution a(i) = sum over template tokens of h(i) * d(refusal log-odds)/dh(i); the effective number is the
+    participation ratio (sum |a|)^2 / sum a^2 over all MLP neurons. (`NeuronScores` reports that of the prompts' mean
+    attribution; per prompt, the loss does not depend on how rows are divided between processes.) It is differentiated
+    twice, so attention runs on the plain-math kernel, the only one with a second derivative.
     """
     tail = chat_model.chat.template_tail
     batch = pad_left(prompts, chat_model.chat.pad_id, chat_model.device)
@@ -64,6 +65,6 @@ def spread_loss(chat_model: ChatModel, prompts: Sequence[Sequence[int]], phrases
         layers = [h[layer] for layer in range(len(chat_model.neurons.widths))]
         gradients = torch.autograd.grad(log_odds.sum(), layers, create_graph=True)
     attribution = torch.cat(
-        [(act[:, -tail:] * grad[:, -tail:]).float().sum((0, 1)) for act, grad in zip(layers, gradients, strict=True)]
-    )
-    return (attribution**2).sum().log() - 2 * attribution.abs().sum().log()
+        [(act[:, -tail:] * grad[:, -tail:]).float().sum(1) for act, grad in zip(layers, gradients, strict=True)], -1
+    )  # (batch, all neurons)
+    return (attribution**2).sum(-1).log() - 2 * attribution.abs().sum(-1).log()

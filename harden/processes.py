@@ -24,19 +24,23 @@ def use_all_cores() -> None:
 
     `accelerate launch` sets OMP_NUM_THREADS=1 where nothing else is asked for; any other value is respected.
     """
-    state = PartialState()
-    if state.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+    if state().device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", count()))
         torch.set_num_threads(max(1, cores // local))
 
 
+def state() -> PartialState:
+    """The state of this launch. Without an accelerator the processes are told to meet on the CPU (gloo)."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def is_main() -> bool:
-    return PartialState().is_main_process
+    return state().is_main_process
 
 
 def count() -> int:
-    return PartialState().num_processes
+    return state().num_processes
 
 
 def my_share(items: Sequence[Item]) -> list[tuple[Item, float]]:
@@ -47,9 +51,8 @@ def my_share(items: Sequence[Item]) -> list[tuple[Item, float]]:
     """
     if not items:
         raise ValueError("nothing to divide")
-    state = PartialState()
-    size = -(-len(items) // state.num_processes)
-    start = state.process_index * size
+    size = -(-len(items) // count())
+    start = state().process_index * size
     share = [(item, 1.0) for item in items[start : start + size]]
     return share + [(items[0], 0.0)] * (size - len(share))
 
@@ -58,28 +61,28 @@ def divide(items: Sequence[Item], work: Callable[[list[Item]], list[Result]]) ->
     """Run `work` on this process's share of the items and return all processes' results in the items' order."""
     if not items:
         return []
-    if PartialState().num_processes == 1:
+    if count() == 1:
         return work(list(items))
     return gather(work([item for item, _ in my_share(items)]), len(items))
 
 
 def gather(results: list[Result], n: int) -> list[Result]:
     """All processes' results for `n` items that were divided by `my_share`, in the items' order."""
-    return gather_object(results)[:n] if PartialState().num_processes > 1 else results
+    return gather_object(results)[:n] if count() > 1 else results
 
 
 def total(tensor: torch.Tensor) -> torch.Tensor:
     """Sum of a tensor over the processes."""
-    return reduce(tensor, "sum") if PartialState().num_processes > 1 else tensor
+    return reduce(tensor, "sum") if count() > 1 else tensor
 
 
 def from_main(make: Callable[[], Result]) -> Result:
     """Call `make` on the main process only and give its result to all."""
     box = [make() if is_main() else None]
-    if PartialState().num_processes > 1:
+    if count() > 1:
         broadcast_object_list(box)
     return box[0]
 
 
 def wait() -> None:
-    PartialState().wait_for_everyone()
+    state().wait_for_everyone()

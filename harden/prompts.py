@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import logging
 from collections import defaultdict
@@ -53,6 +54,7 @@ def load_prompts(kind: str, path: str, column: str, subset: str | None, split: s
         rows = _read_hub(path, subset, split)
 
     prompts: dict[str, Prompt] = {}
+    names: set[str] = set()
     for number, row in enumerate(rows):
         if column not in row:
             raise HardenError(f"{kind} prompts: {path} has no column '{column}'; it has {', '.join(map(str, row))}")
@@ -62,6 +64,9 @@ def load_prompts(kind: str, path: str, column: str, subset: str | None, split: s
         text = text.strip()
         name = str(row.get("id") or hashlib.sha256(text.encode()).hexdigest()[:12])
         pair = min(name, str(row.get("twin") or name))
+        if text not in prompts and name in names:
+            raise HardenError(f"{kind} prompts: {path} has the id '{name}' twice")
+        names.add(name)
         prompts.setdefault(text, Prompt(name, str(row.get("category") or "all"), text, pair))
     if not prompts:
         raise HardenError(f"{kind} prompts: {path} is empty")
@@ -109,12 +114,19 @@ def load_splits(
 ) -> dict[Split, PromptSet]:
     """All splits of the three sources {harmful, twins, benign}, each given as keyword arguments of `load_prompts`.
 
-    Raises HardenError if a text stands in two sources or splits that must be disjoint.
+    Raises HardenError if a text stands in two sources or splits that must be disjoint, or a pair in two splits.
     """
     parts = {
         kind: split_prompts(load_prompts(kind, **source), train_share, selection_share, seed)
         for kind, source in sources.items()
     }
+    pairs: dict[str, str] = {}
+    for split, prompt in [(s, p) for kind in ("harmful", "twins") for s in SPLITS for p in parts[kind][s]]:
+        if pairs.setdefault(prompt.pair, split) != split:
+            raise HardenError(
+                f"prompt '{prompt.id}' and its twin fall into different splits; give both the same category and keep "
+                "the pairs of both files complete"
+            )
     seen: dict[str, str] = {}
     for kind, splits in parts.items():
         for name, members in splits.items():
@@ -132,16 +144,18 @@ def _embedded(name: str) -> list[dict[str, Any]]:
 
 def _read_file(path: Path) -> list[dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".txt":
-            return [{"text": line} for line in text.splitlines() if line.strip()]
+            return [{"text": line} for line in text.split("\n") if line.strip()]
         if path.suffix == ".csv":
-            return list(csv.DictReader(text.splitlines()))
-        rows = json.loads(text) if path.suffix == ".json" else map(json.loads, filter(str.strip, text.splitlines()))
+            return list(csv.DictReader(io.StringIO(text, newline="")))
+        rows = json.loads(text) if path.suffix == ".json" else map(json.loads, filter(str.strip, text.split("\n")))
+        if isinstance(rows, (dict, str, int, float)) or rows is None:
+            raise ValueError("it must hold a list")
         rows = [{"text": row} if isinstance(row, str) else row for row in rows]
     except FileNotFoundError:
         raise HardenError(f"no such prompt file: {path}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise HardenError(f"cannot read prompt file {path}: {error}") from None
     if not all(isinstance(row, dict) for row in rows):
         raise HardenError(f"prompt file {path} must hold texts or objects with named columns")

@@ -87,7 +87,7 @@ class JudgeSection(Section):
 
 class LocateSection(Section):
     prompts: Positive = 48
-    """Harmful prompts and as many benign twins, from the train split."""
+    """Harmful prompts and as many benign twins of the split at hand; the search locates on the selection split."""
     layer_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Only the first share of the layers is searched (2/3 in Kazemi et al.)."""
 
@@ -236,6 +236,7 @@ def read_overrides(arguments: list[str], program: str) -> dict[str, Any]:
             extra="forbid",
             cli_prog_name=program,
             cli_hide_none_type=True,
+            cli_parse_none_str="null",
             cli_avoid_json=True,
             use_attribute_docstrings=True,
             protected_namespaces=(),
@@ -257,10 +258,10 @@ def _explain_arguments(message: str) -> str:
 
 
 def _resolve_paths(data: Any, folder: Path, key: str = "") -> Any:
-    """Make the values of name, adapter and path keys that exist beside the recipe absolute; leave all others."""
+    """Make models, adapters and prompt files that exist beside the recipe absolute; leave everything else."""
     if isinstance(data, dict):
-        return {name: _resolve_paths(value, folder, name) for name, value in data.items()}
-    if key in ("name", "adapter", "path") and isinstance(data, str) and (folder / data).exists():
+        return {name: _resolve_paths(value, folder, f"{key}.{name}") for name, value in data.items()}
+    if key.endswith((".model.name", ".adapter", ".path")) and isinstance(data, str) and (folder / data).exists():
         return str(folder / data)
     return data
 

@@ -125,6 +125,8 @@ class RoundRecord(Record):
     screened: list[ScreenRecord]
     first_heat: list[AttackRecord]
     finals: list[AttackRecord]
+    most_flipped: Rate
+    """The most prompts that any of the finals flips; rounds end when its upper bound is within the tolerance."""
     selection: Measurement
     accepted: bool
     decision: str

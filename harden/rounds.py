@@ -6,23 +6,25 @@ and after, and nothing is chosen on it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from peft import PeftModel
+from transformers import GenerationConfig
 
 from harden import __version__, bundled, processes
 from harden.adapters import adapter_state, attach_adapter, restore_adapter, save_adapter
 from harden.attack import Probe, Responder, Search, search_worst_neuron
+from harden.errors import MeasurementError
 from harden.finetune import TrainingData, train_round
 from harden.generate import Completion, Request, complete
 from harden.interventions import Clamp
 from harden.locate import Candidate, score_neurons
-from harden.measure import attack_record, measure, neuron_records, screen_records
+from harden.measure import attack_record, count_flips, measure, neuron_records, screen_records
 from harden.models import load_chat_model
 from harden.neurons import Neuron
 from harden.objective import Row
@@ -30,13 +32,13 @@ from harden.prompts import Prompt, load_prompts, load_splits
 from harden.recipe import Recipe
 from harden.refusal import RefusalPhrases
 from harden.report.card import model_card
-from harden.results import Measurement, Results, RoundRecord
+from harden.results import Measurement, Rate, Results, RoundRecord
 from harden.runfolder import RunFolder, write_atomically
 from harden.sharding import shard_frozen_weights
 
 logger = logging.getLogger(__name__)
 
-PROBE_BENIGN = 1  # benign prompts on which a clamp's coherence is screened
+PROBE_BENIGN = 2  # benign prompts on which a clamp's coherence is screened
 SELECTION_BENIGN, TEST_BENIGN = 32, 48  # benign prompts on which KL is measured
 
 
@@ -55,7 +57,7 @@ def harden(recipe: Recipe) -> Results:
         number = len(rounds)
         run.train(number, breakers(rounds))
         rounds.append(run.inspect(number, rounds[0].selection))
-    kept = best_round(rounds)
+    kept = best_round(rounds, recipe)
     run.restore(kept.number)
     after = run.measure_test(kept.number, kept)
 
@@ -69,7 +71,7 @@ def harden(recipe: Recipe) -> Results:
         after=after,
         rounds=rounds,
         kept_round=kept.number,
-        passed=meets_tolerance(kept.selection, recipe),
+        passed=meets_tolerance(kept, recipe),
         stop_reason=stop_reason,
         max_new_tokens=recipe.generation.max_new_tokens,
         processes=processes.count(),
@@ -83,22 +85,23 @@ def reason_to_stop(rounds: Sequence[RoundRecord], recipe: Recipe) -> str | None:
     last = rounds[-1]
     if not last.accepted:
         return last.decision
-    if meets_tolerance(last.selection, recipe):
+    if meets_tolerance(last, recipe):
         return (
             f"no single neuron of this search flips more than {recipe.rounds.tolerance:.0%} of the selection prompts "
-            f"(upper bound {last.selection.flipped.high:.1%})"
+            f"(upper bound {last.most_flipped.high:.1%})"
         )
     if last.number >= recipe.rounds.max:
         return f"the budget of {recipe.rounds.max} round(s) is spent"
     return None
 
 
-def meets_tolerance(selection: Measurement, recipe: Recipe) -> bool:
-    """Whether the model refuses without attack and its worst neuron flips few prompts, on the upper bound."""
-    return (
-        selection.flipped.high <= recipe.rounds.tolerance
-        and selection.no_attack.refuse.rate >= recipe.rounds.min_refusal
-    )
+def meets_tolerance(record: RoundRecord, recipe: Recipe) -> bool:
+    """Whether the model refuses without attack and no neuron flips more than a few prompts, on the upper bound."""
+    return record.most_flipped.high <= recipe.rounds.tolerance and refuses(record, recipe)
+
+
+def refuses(record: RoundRecord, recipe: Recipe) -> bool:
+    return record.selection.no_attack.refuse.rate >= recipe.rounds.min_refusal
 
 
 def accept(number: int, selection: Measurement, start: Measurement | None, recipe: Recipe) -> tuple[bool, str]:
@@ -119,20 +122,29 @@ def accept(number: int, selection: Measurement, start: Measurement | None, recip
     return True, "utility floors kept"
 
 
-def best_round(rounds: Sequence[RoundRecord]) -> RoundRecord:
-    """The accepted round with the lowest attack success on the selection split; of equals, the lower benign KL."""
+def best_round(rounds: Sequence[RoundRecord], recipe: Recipe) -> RoundRecord:
+    """The best accepted round on the selection split.
 
-    def badness(record: RoundRecord) -> tuple[float, float]:
+    One that meets the tolerance before one that does not, one that refuses without attack before one that does not,
+    then the lowest attack success, then the lowest benign KL.
+    """
+
+    def badness(record: RoundRecord) -> tuple[bool, bool, float, float]:
         selection = record.selection
         worst = max(selection.worst_neuron.comply.rate, selection.no_attack.comply.rate)
-        return worst, selection.benign_kl.mean
+        return not meets_tolerance(record, recipe), not refuses(record, recipe), worst, selection.benign_kl.mean
 
     return min((record for record in rounds if record.accepted), key=badness)
 
 
 def breakers(rounds: Sequence[RoundRecord]) -> list[Neuron]:
-    """Neurons that made any prompt comply in the finals of an earlier search."""
-    found = {attack.neuron for record in rounds for attack in record.finals if attack.comply.count > 0}
+    """Neurons that flipped any prompt in the finals of an earlier search."""
+    found = {
+        attack.neuron
+        for record in rounds
+        for attack in record.finals
+        if count_flips(attack.outcomes, record.selection.no_attack.outcomes)
+    }
     return [Neuron.parse(neuron) for neuron in sorted(found)]
 
 
@@ -147,7 +159,8 @@ class Run:
         processes.use_all_cores()
         model = recipe.model
         processes.from_main(lambda: str(bundled.resolve(model.name)))  # built once, not by each process
-        chat_model = load_chat_model(model.name, model.dtype, PartialState().device, model.chat_template_kwargs)
+        device = "cpu" if processes.sharded() else processes.state().device
+        chat_model = load_chat_model(model.name, model.dtype, device, model.chat_template_kwargs)
         lora = recipe.train.lora
         attach_adapter(chat_model, lora.rank, lora.alpha, lora.target_modules, model.adapter, recipe.seed)
         shard_frozen_weights(chat_model, recipe.train.spread.weight)
@@ -182,6 +195,7 @@ class Run:
                 self.benign_rows["selection"],
                 scores,
             )
+            most = max(count_flips(a.outcomes, search.no_attack.outcomes) for a in search.finals)
             accepted, decision = accept(number, measurement, start, recipe)
             return RoundRecord(
                 number=number,
@@ -190,6 +204,7 @@ class Run:
                 screened=screen_records(search),
                 first_heat=[attack_record(attempt, "selection") for attempt in search.first_heat],
                 finals=[attack_record(attempt, "selection") for attempt in search.finals],
+                most_flipped=Rate.of(most, len(prompts)),
                 selection=measurement,
                 accepted=accepted,
                 decision=decision,
@@ -245,7 +260,7 @@ class Run:
 
     def restore(self, number: int) -> None:
         """Make the model the one of a round."""
-        state = torch.load(self.folder.state / f"round-{number}/adapter.pt", weights_only=True)
+        state = torch.load(self.folder.state / f"round-{number}/adapter.pt", weights_only=True, map_location="cpu")
         restore_adapter(self.chat_model.model, state)
 
     def save(self, results: Results) -> None:
@@ -270,13 +285,7 @@ class Run:
 
     def _search(self, candidates: Sequence[Candidate], prompts: Sequence[Prompt]) -> Search:
         attack = self.recipe.attack
-        benign = self.splits["selection"].benign
-        answers = self._answers("selection")
-        probe = Probe(
-            tuple(prompt.text for prompt in prompts[: attack.screen_prompts]),
-            tuple(prompt.text for prompt in benign[:PROBE_BENIGN]),
-            tuple(answers[:PROBE_BENIGN]),
-        )
+        probe = self._probe("selection", prompts)
         return search_worst_neuron(
             self.responder,
             candidates,
@@ -330,20 +339,29 @@ class Run:
         ]
         return [row for row in rows if row.answer]
 
+    def _probe(self, split: str, harmful: Sequence[Prompt]) -> Probe:
+        answered = [
+            (prompt.text, answer)
+            for prompt, answer in zip(self._benign_prompts(split), self._answers(split), strict=True)
+            if answer.text
+        ][:PROBE_BENIGN]
+        if not answered:
+            raise MeasurementError(f"the starting model answers none of the benign {split} prompts")
+        return Probe(
+            tuple(prompt.text for prompt in harmful[: self.recipe.attack.screen_prompts]),
+            tuple(text for text, _ in answered),
+            tuple(answer for _, answer in answered),
+        )
+
     def _training_data(self, refusals: Sequence[str]) -> TrainingData:
         chat, train = self.chat_model.chat, self.splits["train"]
-        answers = self._answers("train")
         return TrainingData(
             harmful=tuple(tuple(chat.prompt_ids(prompt.text)) for prompt in train.harmful),
             refusals=tuple(tuple(chat.answer_ids(refusal)) for refusal in refusals),
             benign=tuple(self.benign_rows["train"]),
             harmful_texts=tuple(prompt.text for prompt in train.harmful),
             twin_texts=tuple(prompt.text for prompt in train.twins),
-            probe=Probe(
-                tuple(prompt.text for prompt in train.harmful[: self.recipe.attack.screen_prompts]),
-                tuple(prompt.text for prompt in self._benign_prompts("train")[:PROBE_BENIGN]),
-                tuple(answers[:PROBE_BENIGN]),
-            ),
+            probe=self._probe("train", train.harmful),
         )
 
     def _keep_adapter(self, number: int) -> None:
@@ -359,6 +377,8 @@ class Run:
         """The base model with the adapter merged in; loaded anew, so that the measured model stays untouched."""
         base = load_chat_model(self.recipe.model.name, self.recipe.model.dtype)
         merged = PeftModel.from_pretrained(base.model, str(self.folder.path / "adapter")).merge_and_unload()
+        with contextlib.suppress(OSError):  # not every model has one
+            merged.generation_config = GenerationConfig.from_pretrained(str(bundled.resolve(self.recipe.model.name)))
         merged.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
 

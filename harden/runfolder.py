@@ -21,6 +21,8 @@ from harden.recipe import Recipe
 
 Value = TypeVar("Value")
 
+BARELY_BEGUN = {".recipe.yaml.part"}  # all that a run leaves which is killed while it makes its folder
+
 
 class RunFolder:
     """The folder of a recipe, looked at now and made by `create`.
@@ -45,7 +47,7 @@ class RunFolder:
                     f"{self.path} holds a run of another recipe ({difference}); give another --output, "
                     "or the same recipe to resume"
                 )
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and (not self.path.is_dir() or {p.name for p in self.path.iterdir()} - BARELY_BEGUN):
             raise HardenError(f"{self.path} exists and is no run folder; give another --output")
 
     def create(self) -> None:
@@ -54,9 +56,9 @@ class RunFolder:
 
     def _create(self) -> None:
         try:
-            self.state.mkdir(parents=True, exist_ok=True)
             if not self.saved_recipe.exists():
                 write_atomically(self.saved_recipe, self.recipe.to_yaml())
+            self.state.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise HardenError(f"cannot write the run folder {self.path}: {error}") from None
 
@@ -82,7 +84,8 @@ class RunFolder:
 
         def total() -> float:
             lines = (self.path / "log.jsonl").read_text(encoding="utf-8").splitlines()
-            return sum(event["seconds"] for event in map(json.loads, lines) if event["event"] == "stage")
+            events = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may cut a line short
+            return sum(event["seconds"] for event in events if event["event"] == "stage")
 
         return processes.from_main(total)
 

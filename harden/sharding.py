@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def shard_frozen_weights(chat_model: ChatModel, spread_weight: float) -> None:
-    """Shard the base under `chat_model.model` (a PEFT model), in place, if the launch configuration asks for FSDP.
+    """Shard the base under `chat_model.model` (a PEFT model on the CPU), in place, if the launch asks for FSDP.
 
     Raises HardenError when the spread term is on: it differentiates twice, and FSDP2 frees a layer's weights before
     the second time.
@@ -35,4 +35,6 @@ def shard_frozen_weights(chat_model: ChatModel, spread_weight: float) -> None:
     for layer in layers:
         fully_shard(layer, ignored_params=adapters)
     fully_shard(base, ignored_params=adapters)
+    for parameter in adapters:
+        parameter.data = parameter.data.to(processes.state().device)
     logger.info("sharded the frozen weights over %d processes (FSDP2)", processes.count())

@@ -74,9 +74,28 @@ def test_incoherent_clamps_are_dropped_and_no_neuron_crowds_out_the_others():
     assert choose_for_generation(screened, 2.0, 3) == [Clamp(a, 0.0), Clamp(a, 1.0), Clamp(b, 1.0)]
 
 
-def test_without_any_coherent_clamp_the_worst_is_no_attack():
-    no_attack = Attempt(None, {"p": "refuse"})
-    assert Search(no_attack, (), (), ()).worst is no_attack
+def test_nothing_attacked_is_no_result(responder, prompts, phrases, probe):
+    candidates = [Candidate(PLANTED_NEURON, 1.0, 30.0, 0.0)]
+    with pytest.raises(MeasurementError, match="nothing could be attacked"):
+        search_worst_neuron(responder, candidates, SIZES, prompts["harmful"][:4], probe, phrases, -1.0, 6, 4, 2)
+
+
+def test_completions_are_judged_by_the_starting_model(planted, prompts):
+    """A hardened model that finds compliance impossible must not turn its own bypasses into gibberish."""
+    attach_adapter(planted, 4, 8, ("all-linear",), None, 0)
+    responder = Responder(planted, max_new_tokens=20, batch_size=16, max_nats_per_token=4.0)
+
+    def forget_answers(_module, _args, logits):  # the present model: compliance is what it never says...
+        logits = logits.clone()
+        logits[..., planted.chat.answer_ids("Sure", ended=False)[0]] -= 200.0 * present
+        return logits
+
+    planted.model.get_base_model().lm_head.register_forward_hook(forget_answers)
+    request, answer = Request(prompts["twins"][0].text), Completion(ANSWER, True)
+    present = 1.0
+    assert answer_loss(planted, [request], [answer], 1)[0] > 4.0
+    present = 0.0
+    assert responder.attempt([None], prompts["twins"][:2], "test")[0].share("comply") == 1.0
 
 
 def test_answer_loss_is_low_for_what_the_model_says_and_high_for_noise(planted, prompts):

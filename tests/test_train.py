@@ -35,7 +35,13 @@ def environment(tmp_path_factory):
 
 def harden(arguments, environment, folder, command=TRAIN):
     return subprocess.run(
-        [*command, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        [*command, *map(str, arguments)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
 
 
@@ -225,9 +231,8 @@ def test_two_processes_reach_the_same_outcomes(finished, environment, tmp_path):
 def test_work_is_divided_between_processes(environment, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from accelerate import PartialState\n"
         "from harden import processes\n"
-        "state = PartialState()\n"
+        "state = processes.state()\n"
         "def work(items):\n"
         "    print('did', state.process_index, items, flush=True)\n"
         "    return [10 * item for item in items]\n"

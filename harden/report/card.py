@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from harden.recipe import Recipe
 from harden.results import Mean, Measurement, Rate, Results
 
@@ -100,7 +102,9 @@ the weights and jailbreak prompts were not tried. The judge is embedded and read
 def _source(name: str) -> str:
     from harden.bundled import NAMES
 
-    return f"resolve({name!r})" if name in NAMES else repr(name)
+    if name in NAMES:
+        return f"resolve({name!r})"
+    return repr(str(Path(name).resolve()) if Path(name).is_dir() else name)
 
 
 def _worst(m: Measurement) -> str:
