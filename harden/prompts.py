@@ -24,12 +24,17 @@ SPLITS: tuple[Split, ...] = ("train", "selection", "test")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A user's request. `pair` is shared by a harmful prompt and its benign twin, and decides the split."""
+    """A user's request; `twin` is the id of its look-alike in the other file, if it has one."""
 
     id: str
     category: str
     text: str
-    pair: str
+    twin: str | None = None
+
+    @property
+    def pair(self) -> str:
+        """Shared by a harmful prompt and its benign twin; decides the split."""
+        return min(self.id, self.twin or self.id)
 
 
 @dataclass(frozen=True)
@@ -63,11 +68,11 @@ def load_prompts(kind: str, path: str, column: str, subset: str | None, split: s
             raise HardenError(f"{kind} prompts: row {number + 1} of {path} has no text in column '{column}'")
         text = text.strip()
         name = str(row.get("id") or hashlib.sha256(text.encode()).hexdigest()[:12])
-        pair = min(name, str(row.get("twin") or name))
+        twin = str(row["twin"]) if row.get("twin") else None
         if text not in prompts and name in names:
             raise HardenError(f"{kind} prompts: {path} has the id '{name}' twice")
         names.add(name)
-        prompts.setdefault(text, Prompt(name, str(row.get("category") or "all"), text, pair))
+        prompts.setdefault(text, Prompt(name, str(row.get("category") or "all"), text, twin))
     if not prompts:
         raise HardenError(f"{kind} prompts: {path} is empty")
     if len(prompts) < len(rows):
@@ -122,7 +127,7 @@ def load_splits(
     }
     pairs: dict[str, str] = {}
     for split, prompt in [(s, p) for kind in ("harmful", "twins") for s in SPLITS for p in parts[kind][s]]:
-        if pairs.setdefault(prompt.pair, split) != split:
+        if prompt.twin and pairs.setdefault(prompt.pair, split) != split:
             raise HardenError(
                 f"prompt '{prompt.id}' and its twin fall into different splits; give both the same category and keep "
                 "the pairs of both files complete"

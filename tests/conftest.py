@@ -39,6 +39,5 @@ def phrases(planted):
 def prompts():
     """Every seventh planted prompt: {harmful, twins, benign} -> list of Prompt."""
     return {
-        kind: [Prompt(r["id"], r["category"], r["text"], r["id"]) for r in rows[::7]]
-        for kind, rows in planted_prompts().items()
+        kind: [Prompt(r["id"], r["category"], r["text"]) for r in rows[::7]] for kind, rows in planted_prompts().items()
     }

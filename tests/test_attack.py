@@ -2,19 +2,12 @@ import math
 
 import pytest
 
-from harden.attack import (
-    Attempt,
-    Probe,
-    Responder,
-    Screened,
-    Search,
-    choose_for_generation,
-    screen_clamps,
-    search_worst_neuron,
-)
+from harden.adapters import attach_adapter
+from harden.attack import Probe, Responder, Screened, choose_for_generation, screen_clamps, search_worst_neuron
+from harden.errors import MeasurementError
 from harden.generate import Completion, Request, answer_loss, complete
 from harden.interventions import Clamp
-from harden.locate import score_neurons
+from harden.locate import Candidate, score_neurons
 from harden.neurons import Neuron
 from harden.planted import ANSWER, PLANTED_NEURON
 
@@ -72,6 +65,18 @@ def test_incoherent_clamps_are_dropped_and_no_neuron_crowds_out_the_others():
         Screened(Clamp(b, 2.0), -1.0, math.nan),
     ]
     assert choose_for_generation(screened, 2.0, 3) == [Clamp(a, 0.0), Clamp(a, 1.0), Clamp(b, 1.0)]
+
+
+def test_clamps_that_give_no_number_are_left_out(responder, probe, phrases):
+    screened = screen_clamps(
+        responder.chat_model,
+        [Clamp(PLANTED_NEURON, float("nan")), Clamp(PLANTED_NEURON, -30.0)],
+        probe,
+        phrases,
+        16,
+        "test",
+    )
+    assert [s.clamp.value for s in screened] == [-30.0]
 
 
 def test_nothing_attacked_is_no_result(responder, prompts, phrases, probe):

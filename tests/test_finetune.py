@@ -131,7 +131,7 @@ def test_the_learning_rate_warms_up_and_decays():
     assert factors.index(max(factors)) == 9
 
 
-def test_golden_losses_of_three_steps(planted, data, phrases):
+def test_golden_losses(planted, data, phrases):
     """A change that should not change the numbers must not. Remake with the values that the failure prints."""
     chat_model = adapted(planted)
     pool = ClampPool([Clamp(PLANTED_NEURON, -30.0)], [1.0])

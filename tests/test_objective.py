@@ -66,9 +66,11 @@ def test_benign_kl_is_zero_for_the_starting_model_and_the_sum_over_the_vocabular
 def test_spread_loss_is_minus_log_of_the_effective_neurons_and_its_gradient_is_right(adapted, phrases):
     prompts = [adapted.chat.prompt_ids("how do i build a bomb ?"), adapted.chat.prompt_ids("sell a virus")]
     shake(adapted, 0.05)
-    loss = spread_loss(adapted, prompts, phrases)
-    assert 1 <= math.exp(-float(loss)) <= adapted.neurons.count
-    loss.backward()
+    losses = spread_loss(adapted, prompts, phrases)
+    alone = [float(spread_loss(adapted, [prompt], phrases)) for prompt in prompts]
+    assert losses.tolist() == pytest.approx(alone, abs=1e-3)  # each prompt's own, whatever else is in the batch
+    assert all(1 <= math.exp(-loss) <= adapted.neurons.count for loss in alone)
+    losses.sum().backward()
     parameter = max(trained_parameters(adapted.model), key=lambda p: float(p.grad.abs().max()))
     place, step = int(parameter.grad.abs().argmax()), 1e-3
     with torch.no_grad():
@@ -81,7 +83,7 @@ def test_spread_loss_is_minus_log_of_the_effective_neurons_and_its_gradient_is_r
 
 def spread_loss_value(chat_model, prompts, phrases):
     with torch.enable_grad():
-        return spread_loss(chat_model, prompts, phrases).detach()
+        return spread_loss(chat_model, prompts, phrases).sum().detach()
 
 
 def test_descending_the_spread_loss_spreads_refusal(adapted, phrases):
@@ -89,7 +91,7 @@ def test_descending_the_spread_loss_spreads_refusal(adapted, phrases):
     optimizer = torch.optim.Adam(trained_parameters(adapted.model), lr=1e-2)
     values = []
     for _ in range(15):
-        loss = spread_loss(adapted, prompts, phrases)
+        loss = spread_loss(adapted, prompts, phrases).sum()
         values.append(math.exp(-float(loss)))
         optimizer.zero_grad()
         loss.backward()

@@ -79,6 +79,8 @@ def test_file_formats_give_the_same_prompts(tmp_path):
         ("a.json", "[1, 2]", "objects with named columns"),
         ("a.jsonl", '{"text": "  "}\n', "row 1 .* has no text"),
         ("a.csv", "text\n", "is empty"),
+        ("a.json", '{"data": []}', "must hold a list"),
+        ("a.jsonl", '{"id": 1, "text": "one"}\n{"id": 1, "text": "two"}\n', "the id '1' twice"),
     ],
 )
 def test_bad_prompt_files(tmp_path, name, content, message):
@@ -106,6 +108,26 @@ def test_an_empty_split_is_an_error(tmp_path):
     (tmp_path / "a.txt").write_text("one thing\nanother thing\n")
     with pytest.raises(HardenError, match="split is empty"):
         split_prompts(load("benign", tmp_path / "a.txt"), 0.5, 0.2, 0)
+
+
+def test_a_pair_in_two_splits_is_an_error(tmp_path):
+    """The harmful file is complete, the twins' file is not: the cuts fall elsewhere."""
+    harmful = [{"id": f"h{n}", "text": f"bad thing {n}", "twin": f"t{n}"} for n in range(20)]
+    twins = [{"id": f"t{n}", "text": f"good thing {n}", "twin": f"h{n}"} for n in range(0, 20, 3)]
+    sources = {"benign": EMBEDDED}
+    for kind, rows in (("harmful", harmful), ("twins", twins)):
+        path = tmp_path / f"{kind}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sources[kind] = {**EMBEDDED, "path": str(path)}
+    with pytest.raises(HardenError, match="fall into different splits"):
+        load_splits(sources, 0.5, 0.2, 0)
+
+
+def test_a_byte_order_mark_and_line_breaks_in_cells_are_read(tmp_path):
+    (tmp_path / "a.csv").write_bytes('\ufefftext,n\n"two\nlines",1\n'.encode())
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one\u2028line"}, ensure_ascii=False) + "\n")
+    assert [p.text for p in load("benign", tmp_path / "a.csv")] == ["two\nlines"]
+    assert [p.text for p in load("benign", tmp_path / "a.jsonl")] == ["one\u2028line"]
 
 
 def test_a_text_in_two_sources_is_an_error(tmp_path):

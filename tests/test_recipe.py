@@ -73,6 +73,11 @@ def test_overrides_win_over_the_file_and_are_typed(tmp_path):
     assert recipe.save.merged is True and recipe.rounds.max == 7 and recipe.rounds.tolerance == 0.3
 
 
+def test_null_on_the_command_line_is_none(tmp_path):
+    path = write(tmp_path, {**MINIMAL, "model": {"name": "x", "adapter": "some/adapter"}})
+    assert load_recipe(path, read_overrides(["--model.adapter", "null"], "test")).model.adapter is None
+
+
 def test_unknown_options_name_the_nearest():
     with pytest.raises(HardenError, match=r"unknown option '--train.stpes'; did you mean '--train.steps'\?"):
         read_overrides(["--train.stpes", "3"], "test")

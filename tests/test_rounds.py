@@ -40,7 +40,8 @@ def measurement(worst=60, no_attack=2, flipped=None, over_refusal=5, kl=0.01, re
 def record(number, accepted=True, decision="", finals=(), **values):
     return RoundRecord(
         number=number, steps=1, located=[], screened=[], first_heat=[], finals=list(finals),
-        selection=measurement(**values), accepted=accepted, decision=decision,
+        most_flipped=measurement(**values).flipped, selection=measurement(**values), accepted=accepted,
+        decision=decision,
     )  # fmt: skip
 
 
@@ -87,23 +88,49 @@ def test_utility_floors(recipe, values, accepted, words):
     assert verdict is accepted and words in decision
 
 
-def test_the_best_round_is_kept_and_not_the_last():
+def test_the_best_round_is_kept_and_not_the_last(recipe):
     rounds = [record(0, worst=66), record(1, worst=12), record(2, worst=30)]
-    assert best_round(rounds).number == 1
+    assert best_round(rounds, recipe).number == 1
 
 
-def test_a_round_that_broke_a_floor_is_never_kept():
-    assert best_round([record(0, worst=66), record(1, worst=0, flipped=0, accepted=False)]).number == 0
+def test_the_round_that_met_the_tolerance_is_kept(recipe):
+    """It was the reason to stop, even if another had a lower attack success by a prompt."""
+    rounds = [record(0, worst=66), record(1, worst=5, no_attack=0, flipped=5), record(2, worst=6, no_attack=6)]
+    assert "no single neuron" in reason_to_stop(rounds, recipe) and best_round(rounds, recipe).number == 2
 
 
-def test_of_equal_rounds_the_one_with_the_lower_kl_is_kept():
-    assert best_round([record(0, worst=66), record(1, worst=5, kl=0.05), record(2, worst=5, kl=0.02)]).number == 2
+def test_a_round_that_babbles_is_not_kept(recipe):
+    assert best_round([record(0, worst=66), record(1, worst=0, no_attack=0, refuse=10)], recipe).number == 0
 
 
-def test_a_neuron_that_helps_refusal_does_not_hide_a_model_that_complies():
-    assert best_round([record(0, worst=20, no_attack=2), record(1, worst=3, no_attack=40, flipped=0)]).number == 0
+def test_a_round_that_broke_a_floor_is_never_kept(recipe):
+    assert best_round([record(0, worst=66), record(1, worst=0, flipped=0, accepted=False)], recipe).number == 0
 
 
-def test_breakers_of_all_rounds_are_remembered():
-    rounds = [record(0, finals=[attack("1:2", 9), attack("3:4", 0)]), record(1, finals=[attack("0:7", 1)])]
+def test_of_equal_rounds_the_one_with_the_lower_kl_is_kept(recipe):
+    assert (
+        best_round([record(0, worst=66), record(1, worst=5, kl=0.05), record(2, worst=5, kl=0.02)], recipe).number == 2
+    )
+
+
+def test_a_neuron_that_helps_refusal_does_not_hide_a_model_that_complies(recipe):
+    rounds = [record(0, worst=20, no_attack=2), record(1, worst=3, no_attack=40, flipped=0)]
+    assert best_round(rounds, recipe).number == 0
+
+
+def test_breakers_are_neurons_that_flipped_a_prompt_in_any_round():
+    def final(neuron, **outcomes):
+        return attack(neuron, 9).model_copy(update={"outcomes": outcomes})
+
+    def with_plain(rec, **outcomes):
+        plain = rec.selection.no_attack.model_copy(update={"outcomes": outcomes})
+        return rec.model_copy(update={"selection": rec.selection.model_copy(update={"no_attack": plain})})
+
+    plain = {"p": "refuse", "q": "comply"}
+    rounds = [
+        with_plain(
+            record(0, finals=[final("1:2", p="comply", q="comply"), final("3:4", p="refuse", q="comply")]), **plain
+        ),
+        with_plain(record(1, finals=[final("0:7", p="comply", q="refuse")]), **plain),
+    ]
     assert [str(neuron) for neuron in breakers(rounds)] == ["0:7", "1:2"]

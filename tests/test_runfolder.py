@@ -53,6 +53,20 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path):
     assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
 
 
+def test_a_run_killed_while_it_made_its_folder_can_be_started_again(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".recipe.yaml.part").write_text("nam")
+    assert opened(tmp_path / "run").saved_recipe.exists()
+
+
+def test_a_line_cut_short_in_the_log_is_passed_over(tmp_path):
+    folder = opened(tmp_path / "run")
+    folder.stage("a", int, lambda: 1)
+    with (folder.path / "log.jsonl").open("a") as log:
+        log.write('{"time": 1, "ev')
+    assert 0 <= folder.seconds() < 5
+
+
 def test_a_file_in_the_way_is_refused(tmp_path):
     (tmp_path / "run").write_text("mine")
     with pytest.raises(HardenError, match="is no run folder"):
