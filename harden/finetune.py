@@ -182,7 +182,8 @@ def weigh_clamps(
 ) -> ClampPool:
     """Locate neurons on the present weights and weigh their clamps by how well they break it now.
 
-    A clamp's weight is the chance that the model does not refuse under it plus `settings.clamps.floor`; clamps that
+    A clamp's weight is the squared chance that the model does not refuse under it (squared: most located clamps are
+    harmless, and would together be drawn more often than the few that work) plus `settings.clamps.floor`; clamps that
     raise the loss on benign answers by more than `max_benign_rise` nats per token are left out. That is measured on
     the starting model: training can widen a neuron's activation gap, and the clamps must not grow with it until they
     only make the model babble. Raises MeasurementError when no clamp is left.
@@ -203,7 +204,7 @@ def weigh_clamps(
     floor = settings.clamps.floor
     return ClampPool(
         [entry.clamp for entry in coherent],
-        [floor + 1 / (1 + math.exp(min(entry.log_odds, 50.0))) for entry in coherent],
+        [floor + (1 / (1 + math.exp(min(entry.log_odds, 50.0)))) ** 2 for entry in coherent],
     )
 
 

@@ -118,7 +118,7 @@ class ClampTerm(Section):
     sizes: tuple[float, ...] = (4, 8, 16)
     relocate_every: Positive = 20
     """Steps after which neurons are located and clamps are weighed again."""
-    floor: Weight = 0.1
+    floor: Weight = 0.02
     """Least sampling weight of a coherent clamp beside those that break the model now."""
 
 

@@ -140,4 +140,4 @@ def test_golden_losses(planted, data, phrases):
     assert losses[1] == pytest.approx({"refusal": GOLDEN[2], "benign_kl": 0.0}, abs=2e-3)
 
 
-GOLDEN = (0.0, 0.0, 0.0)
+GOLDEN = (2.5719, -0.0116, 2.5774)  # refusal and spread of the first rows, refusal of the second
