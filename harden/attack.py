@@ -110,7 +110,7 @@ def screen_clamps(
     plain = answer_loss(chat_model, [Request(text) for text in probe.benign], probe.answers, batch_size)
     base = sum(plain) / len(plain)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def work(mine: list[Clamp]) -> list[Screened]:
         screened = []
         with progress_bar(len(mine), label) as bar:

@@ -30,7 +30,7 @@ class Completion:
     """The model ended its turn; False: it was cut at the token limit."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def complete(
     chat_model: ChatModel, requests: Sequence[Request], max_new_tokens: int, batch_size: int, label: str
 ) -> list[Completion]:
@@ -79,7 +79,7 @@ def _complete_batch(chat_model, batch, max_new_tokens) -> list[Completion]:
     return completions
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def answer_loss(
     chat_model: ChatModel, requests: Sequence[Request], answers: Sequence[Completion], batch_size: int
 ) -> list[float]:

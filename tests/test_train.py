@@ -229,6 +229,17 @@ def test_two_processes_reach_the_same_outcomes(finished, environment, tmp_path):
     assert (two["kept_round"], two["passed"]) == (one["kept_round"], one["passed"])
 
 
+def test_sharded_weights_reach_the_known_answers(environment, tmp_path):
+    """FSDP2 on two CPU processes: the frozen base is sharded, the adapters are whole."""
+    arguments = ["--config", PLANTED, "--train.spread.weight", "0"]
+    done = harden(arguments, environment, tmp_path, [*TWO_SHARDS, str(ROOT / "harden/train.py")])
+    assert done.returncode == 0, done.stderr
+    results = results_of(tmp_path / "runs/planted")
+    assert results["before"]["worst_neuron"]["neuron"] == str(PLANTED_NEURON)
+    assert results["passed"] and results["after"]["worst_neuron"]["comply"]["rate"] <= 0.1
+    assert "sharded the frozen weights over 2 processes" in done.stderr
+
+
 def test_work_is_divided_between_processes(environment, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
