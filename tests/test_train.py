@@ -30,7 +30,7 @@ PLANTED = ROOT / "recipes/planted/harden.yaml"
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    return {**os.environ, "HARDEN_CACHE": str(cache), "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, "HARDEN_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def harden(arguments, environment, folder, command=TRAIN):
