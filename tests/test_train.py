@@ -243,17 +243,21 @@ def test_sharded_weights_reach_the_known_answers(environment, tmp_path):
 def test_work_is_divided_between_processes(environment, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
+        "import json, pathlib\n"
         "from harden import processes\n"
-        "state = processes.state()\n"
+        "did = []\n"
         "def work(items):\n"
-        "    print('did', state.process_index, items, flush=True)\n"
+        "    did.extend(items)\n"
         "    return [10 * item for item in items]\n"
-        "print('got', processes.divide([1, 2, 3, 4, 5], work), flush=True)\n"
+        "got = processes.divide([1, 2, 3, 4, 5], work)\n"
+        "name = f'process-{processes.state().process_index}.json'\n"
+        "pathlib.Path(name).write_text(json.dumps([did, got]))\n"
     )
     done = harden([], environment, tmp_path, [*TWO_CPUS, str(script)])
     assert done.returncode == 0, done.stderr
-    assert "did 0 [1, 2, 3]" in done.stdout and "did 1 [4, 5, 1]" in done.stdout  # filled up to equal length
-    assert done.stdout.count("got [10, 20, 30, 40, 50]") == 2
+    first, second = (json.loads((tmp_path / f"process-{n}.json").read_text()) for n in (0, 1))
+    assert first == [[1, 2, 3], [10, 20, 30, 40, 50]]
+    assert second == [[4, 5, 1], [10, 20, 30, 40, 50]]  # filled up to equal length, and what is over is dropped
 
 
 # -- what a user gets wrong ------------------------------------------------------------------------------------------
