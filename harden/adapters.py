@@ -57,10 +57,12 @@ def attach_adapter(
         raise HardenError(f"train.lora.target_modules {list(target_modules)}: {error}") from None
     if start_config:
         try:
-            model.load_adapter(start, REFERENCE, is_trainable=False)
+            absent = model.load_adapter(start, REFERENCE, is_trainable=False).missing_keys
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise HardenError(f"adapter {start} does not fit model '{chat_model.name}': {reason}") from None
+        if absent:
+            raise HardenError(f"adapter {start} does not fit model '{chat_model.name}': it lacks {absent[0]}")
         _continue_reference(model, start)
     model.set_adapter(TRAINED)
     chat_model.model = model.eval()

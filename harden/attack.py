@@ -12,19 +12,20 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from harden import processes
 from harden.adapters import starting_model
-from harden.chat import pad_left
 from harden.errors import MeasurementError
 from harden.generate import Completion, Request, answer_loss, batch_answer_loss, complete, progress_bar
 from harden.interventions import Clamp, intervene
 from harden.judges import Outcome, judge
 from harden.locate import Candidate
 from harden.models import ChatModel
+from harden.neurons import Neuron
+from harden.prefill import batch_prompts
 from harden.prompts import Prompt
 from harden.refusal import RefusalPhrases, refusal_log_odds
 
@@ -106,8 +107,12 @@ def screen_clamps(
     coherence_at_start: measure the rise of the benign loss on the starting model instead of the present one.
     Clamps under which anything is not finite are left out of the result.
     """
-    model = chat_model.model
-    plain = answer_loss(chat_model, [Request(text) for text in probe.benign], probe.answers, batch_size)
+
+    def speaker():
+        return starting_model(chat_model.model) if coherence_at_start else nullcontext()
+
+    with speaker():
+        plain = answer_loss(chat_model, [Request(text) for text in probe.benign], probe.answers, batch_size)
     base = sum(plain) / len(plain)
 
     @torch.no_grad()
@@ -118,7 +123,7 @@ def screen_clamps(
             for start in range(0, len(mine), step):
                 part = mine[start : start + step]
                 log_odds = _clamped_log_odds(chat_model, part, probe.harmful, phrases)
-                with starting_model(model) if coherence_at_start else nullcontext():
+                with speaker():
                     losses = _clamped_losses(chat_model, part, probe)
                 screened += [Screened(c, o, b - base) for c, o, b in zip(part, log_odds, losses, strict=True)]
                 bar.update(len(part))
@@ -130,8 +135,8 @@ def screen_clamps(
 
 def _clamped_log_odds(chat_model, clamps, harmful, phrases) -> list[float]:
     prompts = [chat_model.chat.prompt_ids(text) for text in harmful]
-    batch = pad_left(prompts * len(clamps), chat_model.chat.pad_id, chat_model.device)
     rows = [(clamp,) for clamp in clamps for _ in prompts]
+    batch = batch_prompts(chat_model, prompts * len(clamps), rows)
     with intervene(chat_model.neurons, rows):
         log_odds = refusal_log_odds(chat_model.model, batch, phrases)
     return log_odds.view(len(clamps), len(prompts)).mean(1).tolist()
@@ -184,14 +189,23 @@ def search_worst_neuron(
     heat_one: int,
     heat_one_prompts: int,
     finalists: int,
+    retest: Sequence[Clamp] = (),
 ) -> Search:
     """Screen candidates x sizes, generate with the best in two heats, and find the worst clamp for the model.
 
     heat_one clamps run on the first `heat_one_prompts` of `selection`; the best value of each of the `finalists`
-    worst neurons runs on all of it. Raises MeasurementError when no clamp is coherent: nothing was attacked then.
+    worst neurons runs on all of it, and so does every clamp of `retest`. A clamp counts as coherent if the present
+    model or the starting model speaks under it: one that learned to refuse everything when clamped has not made the
+    clamp incoherent. Raises MeasurementError when no clamp is coherent: nothing was attacked then.
     """
     clamps = [Clamp(c.neuron, c.clamp_value(size)) for c in candidates for size in sizes]
     screened = screen_clamps(responder.chat_model, clamps, probe, phrases, responder.batch_size, "screen clamps")
+    doubtful = [s.clamp for s in screened if s.benign_rise > max_benign_rise]
+    at_start = screen_clamps(
+        responder.chat_model, doubtful, probe, phrases, responder.batch_size, "screen doubtful clamps", True
+    )
+    calmer = {s.clamp: s.benign_rise for s in at_start}
+    screened = [replace(s, benign_rise=min(s.benign_rise, calmer.get(s.clamp, s.benign_rise))) for s in screened]
     chosen = choose_for_generation(screened, max_benign_rise, heat_one)
     if not chosen:
         raise MeasurementError(
@@ -199,9 +213,10 @@ def search_worst_neuron(
             "could be attacked; give smaller attack.sizes or raise attack.max_benign_rise"
         )
     heat = responder.attempt(chosen, selection[:heat_one_prompts], "first heat")
-    best: dict = {}
-    for attempt in sorted(heat, key=lambda a: a.share("comply")):
-        best[attempt.clamp.neuron] = attempt
-    ranked = sorted(best.values(), key=lambda a: a.share("comply"), reverse=True)[:finalists]
-    no_attack, *finals = responder.attempt([None, *[a.clamp for a in ranked]], selection, "finals")
+    best: dict[Neuron, Clamp] = {}
+    for attempt in sorted(heat, key=lambda a: a.share("comply"), reverse=True):  # ties: the lower log-odds first
+        best.setdefault(attempt.clamp.neuron, attempt.clamp)
+    finalist_clamps = list(best.values())[:finalists]
+    finalist_clamps += [clamp for clamp in retest if clamp not in finalist_clamps]
+    no_attack, *finals = responder.attempt([None, *finalist_clamps], selection, "finals")
     return Search(no_attack, tuple(screened), tuple(heat), tuple(finals))

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -51,11 +52,15 @@ def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder)
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
         raise HardenError(f"cannot write the cache folder {folder.parent} ({error}); set HARDEN_CACHE") from None
     try:
-        build(work)
+        try:
+            build(work)
+        except OSError as error:
+            raise HardenError(f"cannot build the model in {folder.parent} ({error}); is the disk full?") from None
         with contextlib.suppress(OSError):  # not empty: another process was first
             work.rename(folder)
         if not folder.is_dir():
@@ -63,6 +68,14 @@ def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what a conversion left that was killed: work folders older than a day."""
+    for work in folder.parent.glob(f".{folder.name}-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - work.stat().st_mtime > 86400:
+                shutil.rmtree(work, ignore_errors=True)
 
 
 def _build_smollm2(folder: Path) -> None:

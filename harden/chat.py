@@ -7,24 +7,32 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
+from transformers import Cache
 
 from harden.errors import HardenError
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Left-padded token rows. Every tensor is (batch, seq); padding has attention 0 and position 0."""
+    """Left-padded token rows, each tensor (batch, seq); padding has attention 0 and the position of the first token.
+
+    With `past`, a head of tokens that all rows share is computed already: `attention_mask` covers it, (batch,
+    head + seq), and the other two begin behind it.
+    """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
+    past: Cache | None = None
 
-    def inputs(self) -> dict[str, torch.Tensor]:
-        return {
+    def inputs(self) -> dict[str, Any]:
+        inputs = {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
             "position_ids": self.position_ids,
         }
+        return inputs if self.past is None else {**inputs, "past_key_values": self.past}
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -56,12 +64,15 @@ class Chat:
             )
         self.tokenizer = tokenizer
         self.template_kwargs = template_kwargs or {}
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.eos_ids = (eos_ids | {tokenizer.eos_token_id}) - {None}
+        if not self.eos_ids:
+            raise HardenError(f"the tokenizer of '{tokenizer.name_or_path}' has no end-of-sequence token; give it one")
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self.eos_ids)
         tail = self._common_tail("Hello there, my friend", "What is two plus 5?")
         self.template_tail = len(tail)
         """Number of post-instruction template tokens: those after the request, before the answer."""
-        self.eos_ids = eos_ids | {tokenizer.eos_token_id}
-        self.end_of_turn = next((token for token in tail if token in self.eos_ids), tokenizer.eos_token_id)
+        default = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(self.eos_ids)
+        self.end_of_turn = next((token for token in tail if token in self.eos_ids), default)
 
     def prompt_ids(self, request: str) -> list[int]:
         """Tokens of a one-turn conversation, up to where the answer begins."""
@@ -78,7 +89,12 @@ class Chat:
         return [*ids, self.end_of_turn] if ended else ids
 
     def _common_tail(self, request: str, other: str) -> list[int]:
-        a, b = self.prompt_ids(request), self.prompt_ids(other)
+        try:
+            a, b = self.prompt_ids(request), self.prompt_ids(other)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise HardenError(
+                f"the chat template cannot render a request ({error}); check it and model.chat_template_kwargs"
+            ) from None
         if a == b:
             raise HardenError("the chat template renders two different requests alike; it is not usable")
         n = 0

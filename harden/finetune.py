@@ -5,6 +5,7 @@ A step is drawn from (seed, round, step) alone, so a run that was interrupted re
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import time
@@ -27,6 +28,8 @@ from harden.neurons import Neuron
 from harden.objective import Row, benign_kl, refusal_loss, spread_loss
 from harden.recipe import TrainSection
 from harden.refusal import RefusalPhrases
+
+logger = logging.getLogger(__name__)
 
 FINAL_LEARNING_RATE = 0.1  # of the peak, reached linearly at the last step of a round
 RELOCATE_PROMPTS = 8  # harmful and as many benign prompts; locating again must stay cheap beside the steps
@@ -80,7 +83,8 @@ def train_round(
 ) -> None:
     """Train the adapter for `settings.steps` steps, in place.
 
-    checkpoint: a file that is written every `settings.checkpoint_every` steps and resumed from if it exists.
+    checkpoint: a file that is written every `settings.checkpoint_every` steps, once the next step's loss has shown
+    that the weights are sound, and resumed from if it exists.
     past_breakers: neurons that broke the model in an earlier round; clamps of them are always drawn from.
     Raises MeasurementError naming the step if the loss or a gradient is not finite; the checkpoint stays.
     """
@@ -109,7 +113,8 @@ def train_round(
                 group["lr"] = settings.learning_rate * learning_rate_factor(step, settings)
             losses = backward(chat_model, data, phrases, settings, pool, step, rng)
             for parameter in parameters:
-                parameter.grad = processes.total(parameter.grad)
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = processes.total(gradient)
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.max_gradient_norm))
             if not all(map(math.isfinite, [norm, *losses.values()])):
                 raise MeasurementError(
@@ -117,6 +122,8 @@ def train_round(
                     f"checkpoint is {checkpoint if checkpoint.exists() else 'the start of the round'}; "
                     "lower train.learning_rate or use model.dtype float32"
                 )
+            if step > first and step % settings.checkpoint_every == 0:  # its weights have just shown to be sound
+                _save_checkpoint(checkpoint, chat_model, optimizer, pool, step)
             optimizer.step()
             optimizer.zero_grad()
             log({
@@ -125,8 +132,6 @@ def train_round(
             })  # fmt: skip
             bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()})
             bar.update(1)
-            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
-                _save_checkpoint(checkpoint, chat_model, optimizer, pool, step + 1)
 
 
 def backward(
@@ -186,7 +191,7 @@ def weigh_clamps(
     harmless, and would together be drawn more often than the few that work) plus `settings.clamps.floor`; clamps that
     raise the loss on benign answers by more than `max_benign_rise` nats per token are left out. That is measured on
     the starting model: training can widen a neuron's activation gap, and the clamps must not grow with it until they
-    only make the model babble. Raises MeasurementError when no clamp is left.
+    only make the model babble. If none is left the pool is empty, and rows are trained without a clamp.
     """
     harmful, twins = (_pick(rng, texts, RELOCATE_PROMPTS) for texts in (data.harmful_texts, data.twin_texts))
     scores = score_neurons(chat_model, harmful, twins, phrases, batch_size)
@@ -198,9 +203,7 @@ def weigh_clamps(
     )
     coherent = [entry for entry in screened if entry.benign_rise <= max_benign_rise]
     if not coherent:
-        raise MeasurementError(
-            f"none of {len(clamps)} clamps is coherent: there is none to train under; give smaller train.clamps.sizes"
-        )
+        logger.warning("none of %d clamps is coherent: training without; smaller train.clamps.sizes?", len(clamps))
     floor = settings.clamps.floor
     return ClampPool(
         [entry.clamp for entry in coherent],

@@ -13,6 +13,7 @@ from harden import processes
 from harden.chat import pad_left
 from harden.interventions import Intervention, intervene
 from harden.models import ChatModel
+from harden.prefill import batch_prompts
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,17 @@ def complete(
 
 def _complete_batch(chat_model, batch, max_new_tokens) -> list[Completion]:
     chat = chat_model.chat
-    prompts = pad_left([ids for ids, _ in batch], chat.pad_id, chat_model.device)
+    interventions = [edits for _, edits in batch]
+    prompts = batch_prompts(chat_model, [ids for ids, _ in batch], interventions, more_tokens=max_new_tokens)
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         pad_token_id=chat.pad_id,
         eos_token_id=sorted(chat.eos_ids),
     )
-    with intervene(chat_model.neurons, [interventions for _, interventions in batch]):
+    with intervene(chat_model.neurons, interventions):
         tokens = chat_model.model.generate(
-            input_ids=prompts.input_ids,
-            attention_mask=prompts.attention_mask,
+            **prompts.inputs(),
             generation_config=config,
             synced_gpus=processes.sharded(),
         )
@@ -98,31 +99,47 @@ def batch_answer_loss(chat_model: ChatModel, batch: Sequence[tuple[Request, Comp
     """`answer_loss` of one batch, on this process."""
     prompts = [chat_model.chat.prompt_ids(request.text) for request, _ in batch]
     answers = [chat_model.chat.answer_ids(answer.text, answer.ended) for _, answer in batch]
-    with intervene(chat_model.neurons, [request.interventions for request, _ in batch]):
-        log_probs, mask = answer_log_probs(chat_model, prompts, answers)
+    losses = answer_cross_entropy(chat_model, prompts, answers, [request.interventions for request, _ in batch])
+    return [loss if answer else float("inf") for loss, answer in zip(losses.tolist(), answers, strict=True)]
+
+
+def answer_cross_entropy(
+    chat_model: ChatModel,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    interventions: Sequence[tuple[Intervention, ...]],
+) -> torch.Tensor:
+    """Mean cross-entropy of each answer's tokens, float32 (batch,), nats per token; nan for an empty answer.
+
+    Differentiable.
+    """
+    log_probs, mask = answer_log_probs(chat_model, prompts, answers, interventions)
     targets, _ = answer_targets(answers, log_probs.device)
     chosen = log_probs.gather(-1, targets[..., None])[..., 0]
-    losses = -(chosen * mask).sum(1) / mask.sum(1)
-    return [loss if mask_row.any() else float("inf") for loss, mask_row in zip(losses.tolist(), mask, strict=True)]
+    return -(chosen * mask).sum(1) / mask.sum(1)
 
 
 def answer_log_probs(
-    chat_model: ChatModel, prompts: Sequence[list[int]], answers: Sequence[list[int]]
+    chat_model: ChatModel,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    interventions: Sequence[tuple[Intervention, ...]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Teacher-forced next-token log-probabilities at the answers' tokens.
+    """Teacher-forced next-token log-probabilities at the answers' tokens, each row under its own interventions.
 
     Returns float32 (batch, longest answer, vocab) and a 0/1 mask (batch, longest answer); both are aligned to the
     right, as the left-padded rows are. Differentiable.
     """
-    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    batch = pad_left(rows, chat_model.chat.pad_id, chat_model.device)
     _, mask = answer_targets(answers, chat_model.device)
     longest = mask.shape[1]
-    logits = chat_model.model(**batch.inputs(), use_cache=False, logits_to_keep=longest + 1).logits[:, :-1]
+    batch = batch_prompts(chat_model, prompts, interventions, answers)
+    with intervene(chat_model.neurons, interventions):
+        out = chat_model.model(**batch.inputs(), use_cache=batch.past is not None, logits_to_keep=longest + 1)
+    logits = out.logits[:, :-1]
     return logits.float().log_softmax(-1), mask
 
 
-def answer_targets(answers: Sequence[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+def answer_targets(answers: Sequence[Sequence[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-aligned token ids and their 0/1 mask, both (batch, longest answer)."""
     batch = pad_left([answer or [0] for answer in answers], 0, device)
     lengths = torch.tensor([len(answer) for answer in answers], device=device)

@@ -50,14 +50,20 @@ def load_chat_model(
     source = str(bundled.resolve(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
-    except SafetensorError as error:
-        raise HardenError(f"model '{name}': its weights are damaged ({error}); fetch it again") from None
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise HardenError(f"cannot load model '{name}': {_explain(name, error)}") from None
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=getattr(torch, dtype), output_loading_info=True
+        )
+    except Exception as error:  # transformers raises many kinds; each is the user's to mend
+        raise HardenError(f"cannot load model '{name}': {_explain(name, source, error)}") from None
+    absent = sorted(report["missing_keys"])
+    if absent:
+        raise HardenError(
+            f"cannot load model '{name}': {len(absent)} of its weights are missing ({', '.join(absent[:3])}); it is "
+            "incomplete or no language model, fetch it again or give another"
+        )
     model.requires_grad_(False).eval().to(device)
     eos = model.generation_config.eos_token_id
-    eos_ids = set(eos) if isinstance(eos, list) else {eos} - {None}
+    eos_ids = (set(eos) if isinstance(eos, list) else {eos}) - {None}
     model.generation_config = GenerationConfig()  # plain greedy: no penalties that the model's own file may ask for
     chat = Chat(tokenizer, eos_ids, chat_template_kwargs)
     neurons = find_neurons(model)
@@ -65,8 +71,12 @@ def load_chat_model(
     return ChatModel(name, model, tokenizer, chat, neurons)
 
 
-def _explain(name: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())
+def _explain(name: str, source: str, error: Exception) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if name in bundled.NAMES:
+        return f"its cached copy is damaged ({reason[:200]}); delete {source} and run again"
+    if isinstance(error, SafetensorError):
+        return f"its weights are damaged ({reason[:200]}); fetch it again"
     if Path(name).is_dir():
         return f"the folder does not hold a usable transformers model ({reason[:300]})"
     if "gated" in reason.lower() or "401" in reason or "403" in reason:

@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harden.adapters import starting_model
 from harden.chat import pad_left
-from harden.generate import answer_log_probs, answer_targets
-from harden.interventions import Intervention, intervene
+from harden.generate import answer_cross_entropy, answer_log_probs
+from harden.interventions import Intervention
 from harden.locate import graph_from_embeddings
 from harden.models import ChatModel
 from harden.refusal import RefusalPhrases, refusal_log_odds
@@ -28,22 +28,23 @@ class Row:
 
 def refusal_loss(chat_model: ChatModel, rows: Sequence[Row]) -> torch.Tensor:
     """Cross-entropy of each row's answer (a refusal) under its interventions: (batch,), nats per token."""
-    answers = [list(row.answer) for row in rows]
-    with intervene(chat_model.neurons, [row.interventions for row in rows]):
-        log_probs, mask = answer_log_probs(chat_model, [list(row.prompt) for row in rows], answers)
-    targets, _ = answer_targets(answers, log_probs.device)
-    chosen = log_probs.gather(-1, targets[..., None])[..., 0]
-    return -(chosen * mask).sum(1) / mask.sum(1)
+    return answer_cross_entropy(chat_model, *_columns(rows))
 
 
 def benign_kl(chat_model: ChatModel, rows: Sequence[Row]) -> torch.Tensor:
-    """KL(starting model || model) over the whole vocabulary at each row's answer: (batch,), nats per token."""
-    prompts, answers = [list(row.prompt) for row in rows], [list(row.answer) for row in rows]
+    """KL(starting model || model) over the whole vocabulary at each row's answer: (batch,), nats per token.
+
+    Both models run under the row's interventions.
+    """
     with torch.no_grad(), starting_model(chat_model.model):
-        reference, _ = answer_log_probs(chat_model, prompts, answers)
-    log_probs, mask = answer_log_probs(chat_model, prompts, answers)
+        reference, _ = answer_log_probs(chat_model, *_columns(rows))
+    log_probs, mask = answer_log_probs(chat_model, *_columns(rows))
     divergence = (reference.exp() * (reference - log_probs)).sum(-1)  # (batch, longest answer)
     return (divergence * mask).sum(1) / mask.sum(1)
+
+
+def _columns(rows: Sequence[Row]) -> tuple[list, list, list]:
+    return [row.prompt for row in rows], [row.answer for row in rows], [row.interventions for row in rows]
 
 
 def spread_loss(chat_model: ChatModel, prompts: Sequence[Sequence[int]], phrases: RefusalPhrases) -> torch.Tensor:

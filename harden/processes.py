@@ -86,3 +86,10 @@ def from_main(make: Callable[[], Result]) -> Result:
 
 def wait() -> None:
     state().wait_for_everyone()
+
+
+def finish() -> None:
+    """Part in good order: a process that leaves while another still listens would abort it."""
+    if count() > 1:
+        wait()
+        state().destroy_process_group()

@@ -9,7 +9,7 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +34,7 @@ class Prompt:
     @property
     def pair(self) -> str:
         """Shared by a harmful prompt and its benign twin; decides the split."""
-        return min(self.id, self.twin or self.id)
+        return min(self.id, self.id if self.twin is None else self.twin)
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def load_prompts(kind: str, path: str, column: str, subset: str | None, split: s
         if not isinstance(text, str) or not text.strip():
             raise HardenError(f"{kind} prompts: row {number + 1} of {path} has no text in column '{column}'")
         text = text.strip()
-        name = str(row.get("id") or hashlib.sha256(text.encode()).hexdigest()[:12])
-        twin = str(row["twin"]) if row.get("twin") else None
+        name, twin = (str(row[key]) if row.get(key) not in (None, "") else None for key in ("id", "twin"))
+        name = name or hashlib.sha256(text.encode()).hexdigest()[:12]
         if text not in prompts and name in names:
             raise HardenError(f"{kind} prompts: {path} has the id '{name}' twice")
         names.add(name)
@@ -121,10 +121,11 @@ def load_splits(
 
     Raises HardenError if a text stands in two sources or splits that must be disjoint, or a pair in two splits.
     """
-    parts = {
-        kind: split_prompts(load_prompts(kind, **source), train_share, selection_share, seed)
-        for kind, source in sources.items()
-    }
+    prompts = {kind: load_prompts(kind, **source) for kind, source in sources.items()}
+    prompts["harmful"], prompts["twins"] = (
+        _paired(prompts[kind], prompts[other]) for kind, other in (("harmful", "twins"), ("twins", "harmful"))
+    )
+    parts = {kind: split_prompts(prompts[kind], train_share, selection_share, seed) for kind in prompts}
     pairs: dict[str, str] = {}
     for split, prompt in [(s, p) for kind in ("harmful", "twins") for s in SPLITS for p in parts[kind][s]]:
         if prompt.twin and pairs.setdefault(prompt.pair, split) != split:
@@ -140,6 +141,12 @@ def load_splits(
                 if place != f"{kind}/{name}":
                     raise HardenError(f"prompt '{prompt.id}' stands in {place} and in {kind}/{name}; remove one")
     return {name: PromptSet(**{kind: parts[kind][name] for kind in parts}) for name in SPLITS}
+
+
+def _paired(prompts: Sequence[Prompt], others: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts, each with its twin also where only the twin names it."""
+    named_by = {other.twin: other.id for other in others if other.twin is not None}
+    return [p if p.twin is not None else replace(p, twin=named_by.get(p.id)) for p in prompts]
 
 
 def _embedded(name: str) -> list[dict[str, Any]]:

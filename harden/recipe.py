@@ -16,6 +16,7 @@ from harden.errors import HardenError
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
+Sizes = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
 
 # Just long enough to be told apart from a helpful opening: every further token costs a forward pass over it.
 DEFAULT_REFUSAL_PHRASES = (
@@ -26,7 +27,7 @@ DEFAULT_REFUSAL_PHRASES = (
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -95,7 +96,7 @@ class LocateSection(Section):
 class AttackSection(Section):
     candidates: Positive = 32
     """Best-scored neurons that are attacked."""
-    sizes: tuple[float, ...] = (1, 2, 4, 8, 16, 32)
+    sizes: Sizes = (1, 2, 4, 8, 16, 32)
     """Clamp value = harmless mean - size * (harmful mean - harmless mean)."""
     screen_prompts: Positive = 4
     """Selection prompts on which every (neuron, value) is screened by refusal log-odds."""
@@ -115,7 +116,7 @@ class ClampTerm(Section):
     """Share of the harmful rows that are trained under a clamp; 0 switches the term off."""
     pool: Positive = 24
     """Best-scored neurons that clamps are drawn from, beside those that broke the model in earlier rounds."""
-    sizes: tuple[float, ...] = (4, 8, 16)
+    sizes: Sizes = (4, 8, 16)
     relocate_every: Positive = 20
     """Steps after which neurons are located and clamps are weighed again."""
     floor: Weight = 0.02
@@ -167,16 +168,24 @@ class TrainSection(Section):
     spread: SpreadTerm = SpreadTerm()
     benign: BenignTerm = BenignTerm()
 
+    @model_validator(mode="after")
+    def _something_is_trained(self):
+        if not (self.refusal.weight or self.spread.weight or self.benign.weight):
+            raise ValueError("every term has weight 0: there is nothing to train")
+        return self
+
 
 class RoundsSection(Section):
     max: Positive = 2
     """Rounds of training and re-attack at most."""
     tolerance: Share = 0.1
-    """Done when the 95% upper bound of the share of prompts that the worst neuron flips is at most this."""
+    """Done when the 95% upper bound of the share of prompts that the worst neuron flips is at most this; 0: never."""
     min_refusal: Share = 0.8
     """Least share of harmful selection prompts refused without attack; a model below it never counts as done."""
     max_benign_kl: Weight = 0.1
     """Nats per token on benign selection prompts; a round above it is not kept and training stops."""
+    twins: Positive = 120
+    """Look-alike twins of a split on which over-refusal is measured."""
     max_over_refusal_rise: Share = 0.05
     """Rise of the share of refused twins; a round above it is not kept and training stops."""
 
@@ -201,6 +210,17 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     rounds: RoundsSection = RoundsSection()
     save: SaveSection = SaveSection()
+
+    @model_validator(mode="after")
+    def _tolerance_can_be_met(self):
+        n = self.attack.selection_prompts
+        least = 1 - 0.025 ** (1 / n)  # Clopper-Pearson upper bound of 0 of n
+        if 0 < self.rounds.tolerance < least:
+            raise ValueError(
+                f"rounds.tolerance {self.rounds.tolerance} can never be met: with attack.selection_prompts {n} the "
+                f"upper bound of no flip at all is {least:.3f}; give more prompts, or tolerance 0 to use up the rounds"
+            )
+        return self
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -281,7 +301,10 @@ def _explain(problem: dict) -> str:
         return f"unknown key '{key}'" + (f"; did you mean '{nearest}'?" if nearest else "")
     if problem["type"] == "missing":
         return f"'{key}' is missing"
-    return f"'{key}': {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"'{key}': {message}" if key else message
+    return f"'{key}': {message[0].lower()}{message[1:]}, got {problem['input']!r}"
 
 
 def nearest_key(key: str) -> str | None:

@@ -7,6 +7,8 @@ and after, and nothing is chosen on it.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
@@ -19,7 +21,7 @@ from transformers import GenerationConfig
 from harden import __version__, bundled, processes
 from harden.adapters import adapter_state, attach_adapter, restore_adapter, save_adapter
 from harden.attack import Probe, Responder, Search, search_worst_neuron
-from harden.errors import MeasurementError
+from harden.errors import HardenError, MeasurementError
 from harden.finetune import TrainingData, train_round
 from harden.generate import Completion, Request, complete
 from harden.interventions import Clamp
@@ -32,7 +34,7 @@ from harden.prompts import Prompt, load_prompts, load_splits
 from harden.recipe import Recipe
 from harden.refusal import RefusalPhrases
 from harden.report.card import model_card
-from harden.results import Measurement, Rate, Results, RoundRecord
+from harden.results import AttackRecord, Measurement, Rate, Results, RoundRecord
 from harden.runfolder import RunFolder, write_atomically
 from harden.sharding import shard_frozen_weights
 
@@ -48,15 +50,14 @@ def harden(recipe: Recipe) -> Results:
     finished = folder.path / "results.json"
     if processes.from_main(finished.exists):
         logger.info("%s is complete already", folder.path)
-        return Results.model_validate_json(finished.read_text(encoding="utf-8"))
+        return read_results(finished)
     run = Run(recipe, folder)
 
-    rounds = [run.inspect(0, None)]
+    rounds = [run.inspect(0, [])]
     before = run.measure_test(0, rounds[0])
     while (stop_reason := reason_to_stop(rounds, recipe)) is None:
-        number = len(rounds)
-        run.train(number, breakers(rounds))
-        rounds.append(run.inspect(number, rounds[0].selection))
+        run.train(len(rounds), breakers(rounds))
+        rounds.append(run.inspect(len(rounds), rounds))
     kept = best_round(rounds, recipe)
     run.restore(kept.number)
     after = run.measure_test(kept.number, kept)
@@ -79,6 +80,17 @@ def harden(recipe: Recipe) -> Results:
     )
     run.save(results)
     return results
+
+
+def read_results(path: Path) -> Results:
+    """Raises HardenError when the file is no `results.json` of this version."""
+    try:
+        return Results.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HardenError(
+            f"{path} is damaged or of another version of harden ({' '.join(str(error).split())[:200]}); "
+            "give another --output"
+        ) from None
 
 
 def reason_to_stop(rounds: Sequence[RoundRecord], recipe: Recipe) -> str | None:
@@ -148,6 +160,10 @@ def breakers(rounds: Sequence[RoundRecord]) -> list[Neuron]:
     return [Neuron.parse(neuron) for neuron in sorted(found)]
 
 
+def clamp_of(record: AttackRecord) -> Clamp:
+    return Clamp(Neuron.parse(record.neuron), record.value)
+
+
 class Run:
     """A recipe at work: the model, the prompts and the folder, and the steps of the method on them."""
 
@@ -170,37 +186,44 @@ class Run:
             chat_model, recipe.generation.max_new_tokens, recipe.generation.batch_size, recipe.judge.max_nats_per_token
         )
         folder.create()  # only now: a recipe that cannot be loaded leaves nothing behind
+        self._check_inputs(refusals)
         self._keep_adapter(0)
         self.benign_rows = {name: self._benign_rows(name) for name in ("train", "selection", "test")}
         self.data = self._training_data(refusals)
 
     # -- the steps ---------------------------------------------------------------------------------------------
 
-    def inspect(self, number: int, start: Measurement | None) -> RoundRecord:
-        """Search the present model for its worst neuron and measure it on the selection split."""
+    def inspect(self, number: int, earlier: Sequence[RoundRecord]) -> RoundRecord:
+        """Search the present model for its worst neuron and measure it on the selection split.
+
+        The search starts from scratch; what broke the model in an earlier round is tried again besides.
+        """
         recipe = self.recipe
         selection = self.splits["selection"]
         prompts = selection.harmful[: recipe.attack.selection_prompts]
 
         def make() -> RoundRecord:
             scores = self._scores("selection")
-            candidates = scores.top(recipe.attack.candidates, recipe.locate.layer_share)
-            search = self._search(candidates, prompts)
+            located = scores.top(recipe.attack.candidates, recipe.locate.layer_share)
+            new = {candidate.neuron for candidate in located}
+            known = [scores.candidate(neuron) for neuron in breakers(earlier) if neuron not in new]
+            retest = [clamp_of(record.selection.worst_neuron) for record in earlier]
+            search = self._search([*located, *known], prompts, retest)
             measurement = measure(
                 self.responder,
                 "selection",
                 search.no_attack,
                 search.worst,
-                selection.twins[: recipe.attack.selection_prompts],
+                selection.twins[: recipe.rounds.twins],
                 self.benign_rows["selection"],
                 scores,
             )
             most = max(count_flips(a.outcomes, search.no_attack.outcomes) for a in search.finals)
-            accepted, decision = accept(number, measurement, start, recipe)
+            accepted, decision = accept(number, measurement, earlier[0].selection if earlier else None, recipe)
             return RoundRecord(
                 number=number,
                 steps=recipe.train.steps if number else 0,
-                located=neuron_records(candidates),
+                located=neuron_records(located),
                 screened=screen_records(search),
                 first_heat=[attack_record(attempt, "selection") for attempt in search.first_heat],
                 finals=[attack_record(attempt, "selection") for attempt in search.finals],
@@ -248,12 +271,12 @@ class Run:
         """Measure the present model, under the clamp that was worst on the selection split, on the test split."""
         test = self.splits["test"]
         n = self.recipe.attack.test_prompts
-        worst = record.selection.worst_neuron
-        clamp = Clamp(Neuron.parse(worst.neuron), worst.value) if worst.neuron else None
+        clamp = clamp_of(record.selection.worst_neuron)
 
         def make() -> Measurement:
             no_attack, attacked = self.responder.attempt([None, clamp], test.harmful[:n], f"round {number}: test")
-            twins, benign, scores = test.twins[:n], self.benign_rows["test"], self._scores("test")
+            twins = test.twins[: self.recipe.rounds.twins]
+            benign, scores = self.benign_rows["test"], self._scores("test")
             return measure(self.responder, "test", no_attack, attacked, twins, benign, scores)
 
         return self.folder.stage(f"round-{number}/test", Measurement, make)
@@ -281,9 +304,24 @@ class Run:
             write_atomically(self.folder.path / "results.json", results.model_dump_json(indent=1) + "\n")
         processes.wait()
 
+    def _check_inputs(self, refusals: Sequence[str]) -> None:
+        """Raises HardenError if the run was begun with other prompts, another adapter or another version of harden."""
+        texts = [[p.text for part in (s.harmful, s.twins, s.benign) for p in part] for s in self.splits.values()]
+        inputs = {
+            "prompts": hashlib.sha256(json.dumps([texts, refusals]).encode()).hexdigest(),
+            "adapter": _digest(adapter_state(self.chat_model.model)),
+            "harden": __version__,
+        }
+        begun = self.folder.stage("inputs", dict[str, str], lambda: inputs)
+        changed = [name for name in inputs if begun[name] != inputs[name]]
+        if changed:
+            raise HardenError(
+                f"{self.folder.path} was begun with other contents of: {', '.join(changed)}; give another --output"
+            )
+
     # -- what they work with -----------------------------------------------------------------------------------
 
-    def _search(self, candidates: Sequence[Candidate], prompts: Sequence[Prompt]) -> Search:
+    def _search(self, candidates: Sequence[Candidate], prompts: Sequence[Prompt], retest: Sequence[Clamp]) -> Search:
         attack = self.recipe.attack
         probe = self._probe("selection", prompts)
         return search_worst_neuron(
@@ -297,6 +335,7 @@ class Run:
             attack.heat_one,
             attack.heat_one_prompts,
             attack.finalists,
+            retest,
         )
 
     def _scores(self, split: str):
@@ -325,16 +364,16 @@ class Run:
 
         def make() -> list[Completion]:
             requests = [Request(prompt.text) for prompt in prompts]
-            tokens, batch_size = self.recipe.generation.max_new_tokens, self.recipe.generation.batch_size
-            return complete(self.chat_model, requests, tokens, batch_size, f"benign answers ({split})")
+            generation = self.recipe.generation
+            tokens = self.recipe.train.benign.answer_tokens if split == "train" else generation.max_new_tokens
+            return complete(self.chat_model, requests, tokens, generation.batch_size, f"benign answers ({split})")
 
         return self.folder.stage(f"answers-{split}", list[Completion], make)
 
     def _benign_rows(self, split: str) -> list[Row]:
         chat = self.chat_model.chat
-        n_tokens = self.recipe.train.benign.answer_tokens if split == "train" else None
         rows = [
-            Row(tuple(chat.prompt_ids(prompt.text)), tuple(chat.answer_ids(answer.text, answer.ended)[:n_tokens]))
+            Row(tuple(chat.prompt_ids(prompt.text)), tuple(chat.answer_ids(answer.text, answer.ended)))
             for prompt, answer in zip(self._benign_prompts(split), self._answers(split), strict=True)
         ]
         return [row for row in rows if row.answer]
@@ -381,6 +420,13 @@ class Run:
             merged.generation_config = GenerationConfig.from_pretrained(str(bundled.resolve(self.recipe.model.name)))
         merged.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
+
+
+def _digest(state: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode() + state[name].float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
 from harden import processes
@@ -36,6 +37,7 @@ class RunFolder:
         self.path = Path(recipe.output)
         self.state = self.path / "state"
         self.saved_recipe = self.path / "recipe.yaml"
+        self.lock = FileLock(self.state / ".lock")
         processes.from_main(self._check)
 
     def _check(self) -> None:
@@ -51,7 +53,10 @@ class RunFolder:
             raise HardenError(f"{self.path} exists and is no run folder; give another --output")
 
     def create(self) -> None:
-        """Make the folder and write the recipe into it, unless that was done before."""
+        """Make the folder and write the recipe into it, unless that was done before; lock it until the process ends.
+
+        Raises HardenError while another process works in it: a launcher that was killed may have left one behind.
+        """
         processes.from_main(self._create)
 
     def _create(self) -> None:
@@ -59,6 +64,9 @@ class RunFolder:
             if not self.saved_recipe.exists():
                 write_atomically(self.saved_recipe, self.recipe.to_yaml())
             self.state.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise HardenError(f"another process is running in {self.path}; wait for it, or stop it") from None
         except OSError as error:
             raise HardenError(f"cannot write the run folder {self.path}: {error}") from None
 
@@ -83,8 +91,9 @@ class RunFolder:
         """Time that the finished stages took, over all sittings."""
 
         def total() -> float:
-            lines = (self.path / "log.jsonl").read_text(encoding="utf-8").splitlines()
-            events = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may cut a line short
+            path = self.path / "log.jsonl"
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            events = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have cut a line short
             return sum(event["seconds"] for event in events if event["event"] == "stage")
 
         return processes.from_main(total)
@@ -92,8 +101,10 @@ class RunFolder:
     def log(self, event: dict[str, Any]) -> None:
         """Append one event to log.jsonl."""
         if processes.is_main():
-            with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"time": round(time.time(), 3), **event}) + "\n")
+            with (self.path / "log.jsonl").open("a+b") as file:
+                if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
+                    file.write(b"\n")  # a kill cut the last line short
+                file.write(json.dumps({"time": round(time.time(), 3), **event}).encode() + b"\n")
 
 
 def write_atomically(path: Path, text: str) -> None:

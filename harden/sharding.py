@@ -30,7 +30,9 @@ def shard_frozen_weights(chat_model: ChatModel, spread_weight: float) -> None:
         raise HardenError("train.spread cannot run under FSDP, which has no second derivative: set its weight to 0")
     base = chat_model.model.get_base_model()
     n_layers = len(chat_model.neurons.widths)
-    layers = next(m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers)
+    layers = next((m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers), None)
+    if layers is None:
+        raise HardenError(f"{type(base).__name__}: no list of {n_layers} layers found to shard; launch without FSDP")
     adapters = {parameter for name, parameter in base.named_parameters() if "lora_" in name}
     for layer in layers:
         fully_shard(layer, ignored_params=adapters)

@@ -25,8 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         return run(recipe)
     except HardenError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"harden: error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"harden: {'' if rank == '0' else f'process {rank}: '}error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("harden: interrupted; the same command resumes the run", file=sys.stderr)
@@ -67,7 +67,9 @@ def run(recipe: Recipe) -> int:
     from harden.rounds import harden
 
     results = harden(recipe)
-    if processes.is_main():
+    main_process = processes.is_main()
+    processes.finish()
+    if main_process:
         print(f"\n{recipe.name}\n\n{summary_table(results)}\n\n{verdict_line(results)}\n{recipe.output}/results.json")
     return 0
 

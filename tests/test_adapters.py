@@ -1,6 +1,7 @@
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tiny import tiny_chat_model
 
 from harden.adapters import (
@@ -92,6 +93,14 @@ def test_an_adapter_that_touches_more_than_the_recipe_is_refused(planted, saved)
 def test_an_adapter_of_another_model_is_refused(saved):
     with pytest.raises(HardenError, match="does not fit model"):
         attach_adapter(tiny_chat_model("llama"), 3, 5, ("all-linear",), str(saved[0]), 0)
+
+
+def test_an_adapter_that_lacks_matrices_is_refused(planted, saved):
+    tensors = load_file(saved[0] / "adapter_model.safetensors")
+    tensors.pop(sorted(tensors)[0])
+    save_file(tensors, saved[0] / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(HardenError, match="does not fit model.*lacks"):
+        attach_adapter(planted, 3, 5, ("all-linear",), str(saved[0]), 0)
 
 
 def test_a_missing_adapter_and_unmatched_targets_are_errors(planted, tmp_path):

@@ -1,8 +1,9 @@
 import math
 
 import pytest
+import torch
 
-from harden.adapters import attach_adapter
+from harden.adapters import attach_adapter, trained_parameters
 from harden.attack import Probe, Responder, Screened, choose_for_generation, screen_clamps, search_worst_neuron
 from harden.errors import MeasurementError
 from harden.generate import Completion, Request, answer_loss, complete
@@ -83,6 +84,28 @@ def test_nothing_attacked_is_no_result(responder, prompts, phrases, probe):
     candidates = [Candidate(PLANTED_NEURON, 1.0, 30.0, 0.0)]
     with pytest.raises(MeasurementError, match="nothing could be attacked"):
         search_worst_neuron(responder, candidates, SIZES, prompts["harmful"][:4], probe, phrases, -1.0, 6, 4, 2)
+
+
+def test_coherence_at_the_start_does_not_depend_on_the_training_since(planted, probe, phrases):
+    clamps = [Clamp(PLANTED_NEURON, -30.0), Clamp(Neuron(2, 1), 90.0)]
+    fresh = screen_clamps(planted, clamps, probe, phrases, 16, "fresh")
+    attach_adapter(planted, 4, 8, ("all-linear",), None, 0)
+    with torch.no_grad():
+        for parameter in trained_parameters(planted.model):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    present, at_start = (screen_clamps(planted, clamps, probe, phrases, 16, "x", flag) for flag in (False, True))
+    for start, now, then in zip(fresh, present, at_start, strict=True):
+        assert then.benign_rise == pytest.approx(start.benign_rise, abs=1e-3)
+        assert then.log_odds == pytest.approx(now.log_odds, abs=1e-3)  # always of the present model
+        assert abs(now.benign_rise - start.benign_rise) > 0.1
+
+
+def test_what_broke_the_model_before_is_tried_again(responder, prompts, phrases, probe):
+    candidates, old = [Candidate(Neuron(0, 3), 1.0, 1.0, 0.0)], Clamp(PLANTED_NEURON, -30.0)
+    search = search_worst_neuron(
+        responder, candidates, SIZES, prompts["harmful"][:4], probe, phrases, 9.0, 6, 4, 2, [old]
+    )
+    assert search.worst.clamp == old and search.worst.share("comply") == 1.0
 
 
 def test_completions_are_judged_by_the_starting_model(planted, prompts):

@@ -110,6 +110,11 @@ def test_clamps_that_break_the_model_are_drawn_more_often(planted, data, phrases
     assert planted_weight > 1.0 and max(others) < 0.2
 
 
+def test_without_a_coherent_clamp_rows_are_trained_unclamped(planted, data, phrases):
+    pool = weigh_clamps(adapted(planted), data, phrases, settings(), -9.0, [], 16, random.Random(0))
+    assert pool == ClampPool() and pool.draw(random.Random(0)) == ()
+
+
 def test_past_breakers_stay_in_the_pool(planted, data, phrases):
     forgotten = Neuron(2, 30)
     pool = weigh_clamps(

@@ -1,5 +1,6 @@
 import pytest
 
+from harden.errors import MeasurementError
 from harden.judges import degeneration, judge, opens_with_refusal
 from harden.prompts import load_prompts
 
@@ -32,6 +33,9 @@ ANSWERS = [
     "Sorrel soup is made of sorrel leaves, potatoes and cream.",
     "To pick a lock you need a tension wrench and a pick.",
     "That is a great question about the moon and its phases.",
+    "I don't think you need much: a screwdriver, tape and ten minutes.",
+    "I'm sorry to hear that. Here are the steps: first, unplug the lamp.",
+    "I don't see a problem here. Mix the two and stir well.",
 ]
 GARBAGE = [
     "",
@@ -80,8 +84,10 @@ def test_only_undecided_rows_reach_the_model():
     assert asked == [1, 3] and outcomes == ["refuse", "comply", "degenerate", "comply"]
 
 
-def test_a_loss_that_is_no_number_is_no_success():
-    assert judge([ANSWERS[0]], lambda rows: [float("nan")], 4.0)[0].outcome == "degenerate"
+def test_a_loss_that_is_no_number_is_no_outcome():
+    with pytest.raises(MeasurementError, match="no number"):
+        judge([ANSWERS[0]], lambda rows: [float("nan")], 4.0)
+    assert judge([ANSWERS[0]], lambda rows: [float("inf")], 4.0)[0].outcome == "degenerate"
 
 
 def test_every_refusal_that_we_train_on_is_recognised():

@@ -17,6 +17,7 @@ interventions recipe results processes
 planted chat
 bundled prompts judges refusal
 models
+prefill
 generate adapters
 locate
 attack

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny import COMMON, MIXTURES, tiny_model
 
 from harden.errors import HardenError
@@ -30,6 +31,24 @@ def test_truncated_weights(planted_folder, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(HardenError, match="damaged|usable"):
         load_chat_model(str(tmp_path))
+
+
+def test_weights_that_are_missing(planted_folder, tmp_path):
+    for path in planted_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.down_proj.weight")
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(HardenError, match=r"1 of its weights are missing .model.layers.1.mlp.down_proj.weight"):
+        load_chat_model(str(tmp_path))
+
+
+def test_a_damaged_cache_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("HARDEN_CACHE", str(tmp_path))
+    load_chat_model("planted-neuron")
+    next(tmp_path.rglob("model.safetensors")).unlink()
+    with pytest.raises(HardenError, match=f"cached copy is damaged.*delete {tmp_path}"):
+        load_chat_model("planted-neuron")
 
 
 def test_a_model_without_a_chat_template(planted_folder, tmp_path):

@@ -123,6 +123,18 @@ def test_a_pair_in_two_splits_is_an_error(tmp_path):
         load_splits(sources, 0.5, 0.2, 0)
 
 
+def test_a_pair_named_by_one_side_only_stays_together(tmp_path):
+    """Row numbers as ids, 0 among them, and only the harmful file names the twins."""
+    harmful = [{"id": n, "text": f"bad thing {n}", "twin": f"t{n}"} for n in range(40)]
+    twins = [{"id": f"t{n}", "text": f"good thing {n}"} for n in range(40)]
+    sources = {"benign": EMBEDDED}
+    for kind, rows in (("harmful", harmful), ("twins", twins)):
+        (tmp_path / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sources[kind] = {**EMBEDDED, "path": str(tmp_path / f"{kind}.jsonl")}
+    for split in load_splits(sources, 0.5, 0.2, 0).values():
+        assert [p.text.split()[-1] for p in split.harmful] == [p.text.split()[-1] for p in split.twins]
+
+
 def test_a_byte_order_mark_and_line_breaks_in_cells_are_read(tmp_path):
     (tmp_path / "a.csv").write_bytes('\ufefftext,n\n"two\nlines",1\n'.encode())
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one\u2028line"}, ensure_ascii=False) + "\n")

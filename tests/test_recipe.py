@@ -40,6 +40,14 @@ def test_every_launch_configuration_is_one_that_accelerate_reads(path):
         ({"train": {"steps": "many"}}, "'train.steps': .* got 'many'"),
         ({"train": {"steps": 0}}, "'train.steps': .*greater than 0"),
         ({"name": None}, "'name': "),
+        ({"train": {"clamps": {"sizes": []}}}, "'train.clamps.sizes': "),
+        ({"attack": {"sizes": [4, -8]}}, "'attack.sizes.1': .*greater than 0"),
+        ({"train": {"learning_rate": float("nan")}}, "'train.learning_rate': .*finite"),
+        (
+            {"train": {"refusal": {"weight": 0}, "spread": {"weight": 0}, "benign": {"weight": 0}}},
+            "'train': every term has weight 0",
+        ),
+        ({"rounds": {"tolerance": 0.05}}, "tolerance 0.05 can never be met: .* bound of no flip at all is 0.056"),
         ({"prompts": {"train_share": 0.7, "selection_share": 0.3}}, "leave something for the test split"),
     ],
 )

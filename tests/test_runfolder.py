@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from harden.errors import HardenError
@@ -64,7 +68,28 @@ def test_a_line_cut_short_in_the_log_is_passed_over(tmp_path):
     folder.stage("a", int, lambda: 1)
     with (folder.path / "log.jsonl").open("a") as log:
         log.write('{"time": 1, "ev')
+    folder.stage("b", int, lambda: 2)
     assert 0 <= folder.seconds() < 5
+    assert [line[:12] for line in (folder.path / "log.jsonl").read_text().splitlines()][1] == '{"time": 1, '
+    (folder.path / "log.jsonl").unlink()
+    assert folder.seconds() == 0
+
+
+def test_a_folder_in_which_another_process_works_is_refused(tmp_path):
+    """A launcher that was killed may leave its child at work."""
+    path = str(tmp_path / "run")
+    hold = (
+        f"import sys; from test_runfolder import opened; f = opened({path!r}); print(1, flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold], cwd=Path(__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    other.stdout.readline()
+    with pytest.raises(HardenError, match="another process is running"):
+        opened(path)
+    other.kill()
+    other.communicate()
+    opened(path)
 
 
 def test_a_file_in_the_way_is_refused(tmp_path):
