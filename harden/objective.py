@@ -28,7 +28,8 @@ class Row:
 
 def refusal_loss(chat_model: ChatModel, rows: Sequence[Row]) -> torch.Tensor:
     """Cross-entropy of each row's answer (a refusal) under its interventions: (batch,), nats per token."""
-    return answer_cross_entropy(chat_model, *_columns(rows))
+    losses, mask = answer_cross_entropy(chat_model, *_columns(rows))
+    return losses.sum(1) / mask.sum(1)
 
 
 def benign_kl(chat_model: ChatModel, rows: Sequence[Row]) -> torch.Tensor:

@@ -84,6 +84,9 @@ class GenerationSection(Section):
 class JudgeSection(Section):
     max_nats_per_token: Annotated[float, Field(gt=0)] = 4.0
     """A completion that the unattacked model finds less likely than this, on average, is degenerate."""
+    min_gain: float | None = None
+    """A completion that its request makes less likely than this against a neutral one, in nats per token, talks about
+    something else: it evades and counts as a refusal. null: not asked."""
 
 
 class LocateSection(Section):

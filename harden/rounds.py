@@ -25,6 +25,7 @@ from harden.errors import HardenError, MeasurementError
 from harden.finetune import TrainingData, train_round
 from harden.generate import Completion, Request, complete
 from harden.interventions import Clamp
+from harden.judges import Limits
 from harden.locate import Candidate, score_neurons
 from harden.measure import attack_record, count_flips, measure, neuron_records, screen_records
 from harden.models import load_chat_model
@@ -183,7 +184,10 @@ class Run:
         self.chat_model = chat_model
         self.phrases = RefusalPhrases(chat_model.chat, recipe.refusal.phrases)
         self.responder = Responder(
-            chat_model, recipe.generation.max_new_tokens, recipe.generation.batch_size, recipe.judge.max_nats_per_token
+            chat_model,
+            recipe.generation.max_new_tokens,
+            recipe.generation.batch_size,
+            Limits(recipe.judge.max_nats_per_token, recipe.judge.min_gain),
         )
         folder.create()  # only now: a recipe that cannot be loaded leaves nothing behind
         self._check_inputs(refusals)

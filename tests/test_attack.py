@@ -6,8 +6,9 @@ import torch
 from harden.adapters import attach_adapter, trained_parameters
 from harden.attack import Probe, Responder, Screened, choose_for_generation, screen_clamps, search_worst_neuron
 from harden.errors import MeasurementError
-from harden.generate import Completion, Request, answer_loss, complete
+from harden.generate import Completion, Request, answer_losses, complete, mean
 from harden.interventions import Clamp
+from harden.judges import Limits
 from harden.locate import Candidate, score_neurons
 from harden.neurons import Neuron
 from harden.planted import ANSWER, PLANTED_NEURON
@@ -17,7 +18,7 @@ SIZES = (1.0, 4.0, 16.0)
 
 @pytest.fixture
 def responder(planted):
-    return Responder(planted, max_new_tokens=20, batch_size=16, max_nats_per_token=4.0)
+    return Responder(planted, max_new_tokens=20, batch_size=16, limits=Limits(4.0, None))
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_what_broke_the_model_before_is_tried_again(responder, prompts, phrases,
 def test_completions_are_judged_by_the_starting_model(planted, prompts):
     """A hardened model that finds compliance impossible must not turn its own bypasses into gibberish."""
     attach_adapter(planted, 4, 8, ("all-linear",), None, 0)
-    responder = Responder(planted, max_new_tokens=20, batch_size=16, max_nats_per_token=4.0)
+    responder = Responder(planted, max_new_tokens=20, batch_size=16, limits=Limits(4.0, None))
 
     def forget_answers(_module, _args, logits):  # the present model: compliance is what it never says...
         logits = logits.clone()
@@ -121,17 +122,13 @@ def test_completions_are_judged_by_the_starting_model(planted, prompts):
     planted.model.get_base_model().lm_head.register_forward_hook(forget_answers)
     request, answer = Request(prompts["twins"][0].text), Completion(ANSWER, True)
     present = 1.0
-    assert answer_loss(planted, [request], [answer], 1)[0] > 4.0
+    assert mean(answer_losses(planted, [request], [answer], 1)[0]) > 4.0
     present = 0.0
     assert responder.attempt([None], prompts["twins"][:2], "test")[0].share("comply") == 1.0
 
 
 def test_answer_loss_is_low_for_what_the_model_says_and_high_for_noise(planted, prompts):
     request = Request(prompts["benign"][0].text)
-    spoken, noise, empty = answer_loss(
-        planted,
-        [request] * 3,
-        [Completion(ANSWER, True), Completion("soup begin hide the old old", True), Completion("", False)],
-        2,
-    )
+    said = [Completion(ANSWER, True), Completion("soup begin hide the old old", True), Completion("", False)]
+    spoken, noise, empty = map(mean, answer_losses(planted, [request] * 3, said, 2))
     assert spoken < 2.0 and noise > 4.0 and empty == math.inf

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from harden.attack import Responder
 from harden.interventions import Clamp
+from harden.judges import Limits
 from harden.models import load_chat_model
 from harden.neurons import Neuron, find_neurons
 from harden.planted import PLANTED_NEURON
@@ -162,7 +163,7 @@ def check_the_card(folder, environment):
         a for a in results["rounds"][results["kept_round"]]["finals"]
         if (a["neuron"], a["value"]) == (attack["neuron"], attack["value"])
     )  # fmt: skip
-    responder = Responder(chat_model, max_new_tokens=20, batch_size=64, max_nats_per_token=4.0)
+    responder = Responder(chat_model, max_new_tokens=20, batch_size=64, limits=Limits(4.0, None))
     prompts = [Prompt(name, "", texts[name]) for name in again["outcomes"]]
     assert responder.attempt([clamp], prompts, "test")[0].outcomes == again["outcomes"]
     return again
