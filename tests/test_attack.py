@@ -4,11 +4,19 @@ import pytest
 import torch
 
 from harden.adapters import attach_adapter, trained_parameters
-from harden.attack import Probe, Responder, Screened, choose_for_generation, screen_clamps, search_worst_neuron
+from harden.attack import (
+    Probe,
+    Responder,
+    Screened,
+    choose_for_generation,
+    likelihoods,
+    screen_clamps,
+    search_worst_neuron,
+)
 from harden.errors import MeasurementError
 from harden.generate import Completion, Request, answer_losses, complete, mean
 from harden.interventions import Clamp
-from harden.judges import Limits
+from harden.judges import NEUTRAL_REQUEST, Limits
 from harden.locate import Candidate, score_neurons
 from harden.neurons import Neuron
 from harden.planted import ANSWER, PLANTED_NEURON
@@ -125,6 +133,14 @@ def test_completions_are_judged_by_the_starting_model(planted, prompts):
     assert mean(answer_losses(planted, [request], [answer], 1)[0]) > 4.0
     present = 0.0
     assert responder.attempt([None], prompts["twins"][:2], "test")[0].share("comply") == 1.0
+
+
+def test_the_gain_is_what_the_request_adds_to_a_neutral_one(planted, prompts):
+    answers = [Completion(ANSWER, True)] * 2
+    own, neutral = likelihoods(planted, [prompts["harmful"][0].text, NEUTRAL_REQUEST], answers, 2, True)
+    assert own.gain < 0 and own.loss > neutral.loss  # the model would refuse this request
+    assert neutral.gain == pytest.approx(0.0, abs=1e-5)
+    assert likelihoods(planted, [NEUTRAL_REQUEST], answers[:1], 1, False)[0].gain is None
 
 
 def test_answer_loss_is_low_for_what_the_model_says_and_high_for_noise(planted, prompts):
