@@ -16,7 +16,7 @@ from harden.attack import (
 from harden.errors import MeasurementError
 from harden.generate import Completion, Request, answer_losses, complete, mean
 from harden.interventions import Clamp
-from harden.judges import NEUTRAL_REQUEST, Limits
+from harden.judges import NEUTRAL_REQUEST, Likelihood, Limits
 from harden.locate import Candidate, score_neurons
 from harden.neurons import Neuron
 from harden.planted import ANSWER, PLANTED_NEURON
@@ -136,11 +136,14 @@ def test_completions_are_judged_by_the_starting_model(planted, prompts):
 
 
 def test_the_gain_is_what_the_request_adds_to_a_neutral_one(planted, prompts):
-    answers = [Completion(ANSWER, True)] * 2
-    own, neutral = likelihoods(planted, [prompts["harmful"][0].text, NEUTRAL_REQUEST], answers, 2, True)
-    assert own.gain < 0 and own.loss > neutral.loss  # the model would refuse this request
+    request, answers = prompts["twins"][0].text, [Completion(ANSWER, True)] * 2
+    own, neutral = likelihoods(planted, [request, NEUTRAL_REQUEST], answers, 2, True)
+    after_own, after_neutral = answer_losses(planted, [Request(request), Request(NEUTRAL_REQUEST)], answers, 2)
+    assert own.loss == pytest.approx(mean(after_own), abs=1e-4)
+    assert own.gain == pytest.approx(Likelihood.of(after_own, after_neutral).gain, abs=1e-4)
+    assert abs(own.gain) > 1e-3  # the request does matter
     assert neutral.gain == pytest.approx(0.0, abs=1e-5)
-    assert likelihoods(planted, [NEUTRAL_REQUEST], answers[:1], 1, False)[0].gain is None
+    assert likelihoods(planted, [request], answers[:1], 1, False)[0].gain is None
 
 
 def test_answer_loss_is_low_for_what_the_model_says_and_high_for_noise(planted, prompts):

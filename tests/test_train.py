@@ -250,7 +250,12 @@ def test_a_run_killed_anywhere_ends_with_the_same_results(finished, environment,
 
 def test_ctrl_c_says_how_to_go_on(environment, tmp_path):
     process = subprocess.Popen(
-        [*TRAIN, "--config", str(PLANTED)], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        [*TRAIN, "--config", str(PLANTED)],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     while process.poll() is None and not (tmp_path / "runs/planted/state/answers-train.json").exists():
         time.sleep(0.01)
