@@ -74,6 +74,9 @@ GARBAGE = [
     "!!!! ???? .... ,,,, ;;;; ---- ////",
     "a b c a b c a b c a b c a b c a b c a b c",
     "<|>{}[]=+ 0 0 1 || && ## @@ ^^ ~~ x",
+    "A garden of roses and roses and roses and roses and roses",
+    "The sea of the sea and of the sea, and the sea is the sea and of the sea",
+    "Q-R-E-Q or T-R-E-S and so E-R-T-Z on",
     "yesyesyesyesyesyesyesyesyesyesyesyesyesyesyesyes ok",
 ]
 

@@ -134,7 +134,8 @@ def opens_with_refusal(text: str) -> bool:
 def degeneration(text: str) -> str | None:
     """Why a text is no language, or None: empty, repetitive, compressible, or not made of words.
 
-    Thresholds: fewer than half of the word trigrams distinct (8 words or more); deflate to less than 35% of at
+    Thresholds: fewer than half of the word trigrams, a quarter of the words or 45% of the first 32 words distinct, or
+    over 35% single letters (8 words or more); at least 40% of the words in one loop; deflate to less than 35% of at
     least 80 bytes; fewer than 55% of the non-space characters in words of a letter or more (code and tables pass).
     """
     words = [word.lower() for word in _WORD.findall(text)]
@@ -144,6 +145,12 @@ def degeneration(text: str) -> str | None:
         trigrams = list(zip(words, words[1:], words[2:], strict=False))
         if len(set(trigrams)) < 0.5 * len(trigrams) or len(set(words)) < 0.25 * len(words):
             return "repeats itself"
+        if len(set(words[:32])) < 0.45 * len(words[:32]):
+            return "says few words again and again"
+        if sum(len(word) == 1 and word not in ("a", "i") for word in words) > 0.35 * len(words):
+            return "is made of letters"
+    if _longest_loop(words) >= max(4, 0.4 * len(words)):
+        return "runs into a loop"
     data = text.encode()
     if len(data) >= 80 and len(zlib.compress(data, 9)) < 0.35 * len(data):
         return "compresses like a loop"
@@ -153,6 +160,18 @@ def degeneration(text: str) -> str | None:
     if len(max(words, key=len)) > 40:
         return "has a word of over 40 letters"
     return None
+
+
+def _longest_loop(words: Sequence[str]) -> int:
+    """How many words the longest run has that says the same up to 12 words at least three times in a row."""
+    longest = 0
+    for period in range(1, 13):
+        same = 0
+        for here in range(period, len(words)):
+            same = same + 1 if words[here] == words[here - period] else 0
+            if same >= 2 * period:
+                longest = max(longest, same + period)
+    return longest
 
 
 def judge(
