@@ -7,6 +7,7 @@ for the base model. The starting adapter itself stays loaded, frozen, as `refere
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,7 +81,9 @@ def load_adapter(chat_model: ChatModel, adapter: str) -> None:
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise HardenError(f"cannot load adapter '{adapter}' for model '{chat_model.name}': {reason}") from None
-    fitting = get_peft_model_state_dict(model, adapter_name=TRAINED).keys()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PEFT looks for the base model's config on the hub, in vain
+        fitting = get_peft_model_state_dict(model, adapter_name=TRAINED).keys()
     odd = load_peft_weights(adapter, device="cpu").keys() ^ fitting
     if odd:
         raise HardenError(

@@ -17,13 +17,16 @@ from harden.attack.records import Records
 from harden.attack.respond import Keep, Responder
 from harden.attack.screen import Probe
 from harden.attack.search import Search, search_worst_neuron
-from harden.attack.select import Contrast, read_contrast, select_candidates
+from harden.attack.select import select_candidates
 from harden.errors import HardenError, MeasurementError
 from harden.generate import Completion, Request, complete
 from harden.interventions import Clamp, Intervention
 from harden.judges.embedded import Limits
 from harden.judges.loading import load_judge
-from harden.locate import Candidate, NeuronScores, score_neurons
+from harden.locate.base import Candidate
+from harden.locate.contrast import Contrast, read_contrast
+from harden.locate.gradient import NeuronScores, score_neurons
+from harden.locate.passes import BACKWARD_SHARE, Passes
 from harden.models import ChatModel, load_chat_model
 from harden.neurons import Neuron
 from harden.objective import Row
@@ -145,7 +148,7 @@ class Bench:
             self.chat_model,
             *self._located_on(split),
             self.phrases,
-            max(1, self.recipe.generation.batch_size // 8),  # a backward pass keeps every layer's activations
+            max(1, self.recipe.generation.batch_size // BACKWARD_SHARE),
             f"locate ({split})",
         )
 
@@ -169,11 +172,18 @@ class Bench:
         attack = self.recipe.attack
         published = published_clamps(self.chat_model.name, self.chat_model.neurons.widths)
         named = [*map(Neuron.parse, attack.neurons), *(clamp.neuron for clamp in published)]
+        passes = Passes(
+            self.chat_model,
+            *self._located_on("selection"),
+            self.phrases,
+            self.recipe.generation.batch_size,
+            attack.sizes,
+        )
+        passes.scores = scores
         candidates = select_candidates(
             attack.locators,
             attack.candidates,
-            scores,
-            self.contrast,
+            passes,
             self.recipe.locate.layer_share,
             self.recipe.seed,
             named,

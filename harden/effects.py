@@ -16,6 +16,7 @@ import torch
 from transformers import Cache
 
 from harden import processes
+from harden.batches import in_batches
 from harden.interventions import Ablate, Intervention
 from harden.models import ChatModel
 from harden.neurons import MlpNeurons
@@ -27,15 +28,21 @@ LayerOutput = torch.Tensor | tuple  # the residual stream, (batch, seq, d_model)
 
 @torch.no_grad()
 def under_clamps(
-    chat_model: ChatModel, clamps: Sequence[Intervention], at_a_time: int, run: Run, done: Callable[[int], None]
+    chat_model: ChatModel,
+    clamps: Sequence[Intervention],
+    batch_size: int,
+    rows_per_clamp: int,
+    run: Run,
+    done: Callable[[int], None],
 ) -> list[Result]:
-    """`run([(clamp,), ...])` for all clamps, at most `at_a_time` of one layer together: results in their order.
+    """`run([(clamp,), ...])` for all clamps, those of one layer together in batches of rows: results in their order.
 
     Any intervention will do; one that acts on all layers is run from the first.
 
     run: gives one result per tuple of interventions; it must run the same forward passes, with rows multiplied, for
-    any number of them, and `run([()])` is what is recorded. done: told how many clamps are finished, for a progress
-    bar. Under FSDP every pass is a full one, and all processes run equally many.
+    any number of them, and `run([()])` is what is recorded; its passes have `rows_per_clamp` rows a clamp. done: told
+    how many clamps are finished, for a progress bar. A batch that does not fit into memory is halved; under FSDP every
+    pass is a full one, and all processes run equally many.
     """
     by_layer: dict[int, list[int]] = defaultdict(list)
     first_place: dict[Intervention, int] = {}
@@ -49,11 +56,15 @@ def under_clamps(
             run([()])
     results: dict[int, Result] = {}
     for layer, places in by_layer.items():
-        for start in range(0, len(places), at_a_time):
-            part = places[start : start + at_a_time]
+
+        def run_part(part: Sequence[int], layer: int = layer) -> list[Result]:
             with _starting_at(chat_model.neurons, layer, recorded):
-                results.update(zip(part, run([(clamps[place],) for place in part]), strict=True))
+                found = run([(clamps[place],) for place in part])
             done(len(part))
+            return found
+
+        at_a_time = max(1, batch_size // rows_per_clamp)
+        results.update(zip(places, in_batches(chat_model, places, at_a_time, run_part, rows_per_clamp), strict=True))
     return [results[first_place.get(clamp, place)] for place, clamp in enumerate(clamps)]
 
 

@@ -22,7 +22,7 @@ from harden.attack.screen import Probe, screen_clamps
 from harden.errors import MeasurementError
 from harden.generate import progress_bar
 from harden.interventions import Clamp
-from harden.locate import score_neurons
+from harden.locate.gradient import score_neurons
 from harden.models import ChatModel
 from harden.neurons import Neuron
 from harden.objective import Row, benign_kl, refusal_loss, refusal_rise, spread_loss

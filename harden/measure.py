@@ -11,7 +11,8 @@ from harden.attack.respond import Attempt, Responder
 from harden.attack.search import Search
 from harden.judges.base import Outcome
 from harden.judges.embedded import OUTCOMES
-from harden.locate import Candidate, NeuronScores
+from harden.locate.base import Candidate
+from harden.locate.gradient import NeuronScores
 from harden.models import ChatModel
 from harden.objective import Row, benign_kl
 from harden.prompts import Prompt, Split

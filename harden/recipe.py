@@ -35,7 +35,17 @@ Weight = Annotated[float, Field(ge=0)]
 Sizes = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
 Some = Annotated[tuple[float, ...], Field(min_length=1)]
 NonZero = Annotated[float, AfterValidator(_not_zero)]
-Locator = Literal["gradient", "contrast", "effect_size", "activation_shift", "random"]
+Locator = Literal[
+    "gradient",
+    "contrast",
+    "effect_size",
+    "activation_shift",
+    "attribution",
+    "attribution_to_mean",
+    "relp",
+    "graddrop",
+    "random",
+]
 AttackName = Literal[
     "constant", "anchor", "zero", "mean", "scale", "topk", "prune", "direction", "layer_directions", "prefill",
     "concept",
@@ -164,7 +174,7 @@ class AttackSection(Section):
         "effect_size",
         "random",
     )
-    """What proposes neurons; they take turns. See `harden.attack.select`."""
+    """What proposes neurons; they take turns. See docs/attacks.md."""
     candidates: Positive = 32
     """Located neurons that are attacked."""
     neurons: tuple[Address, ...] = ()

@@ -6,11 +6,12 @@ import torch
 from harden.activations import Activations, neuron_at, read_activations, template_activations
 from harden.attack.arms import NO_ATTACK, Anchor, ablated, anchored, constant, prefilled, refusal_directions, scaled
 from harden.attack.published import PUBLISHED, published_clamps
-from harden.attack.select import Contrast, read_contrast, select_candidates
+from harden.attack.select import select_candidates
 from harden.errors import MeasurementError
 from harden.generate import Request
 from harden.interventions import Clamp, Scale, intervene
-from harden.locate import score_neurons
+from harden.locate.contrast import Contrast, read_contrast
+from harden.locate.passes import LOCATORS, Passes
 from harden.neurons import Neuron
 from harden.planted import PLANTED_NEURON
 
@@ -22,6 +23,11 @@ def texts(prompts, kind, n=8):
 @pytest.fixture
 def contrast(planted, prompts):
     return read_contrast(planted, texts(prompts, "harmful"), texts(prompts, "twins"), 4)
+
+
+@pytest.fixture
+def passes(planted, prompts, phrases):
+    return Passes(planted, texts(prompts, "harmful"), texts(prompts, "twins"), phrases, 64, [-8, 8])
 
 
 # -- activations -----------------------------------------------------------------------------------------------------
@@ -102,14 +108,12 @@ def test_activation_shift_counts_layers_of_small_activations_like_others(planted
     assert contrast.activation_shift()[40].item() == pytest.approx(0.5)
 
 
-def test_locators_take_turns_and_name_no_neuron_twice(planted, prompts, phrases, contrast):
-    scores = score_neurons(planted, texts(prompts, "harmful"), texts(prompts, "twins"), phrases, 8)
-
+def test_locators_take_turns_and_name_no_neuron_twice(planted, passes):
     def chosen(locators, n):
-        return [c.neuron for c in select_candidates(locators, n, scores, lambda: contrast, 1.0, 0)]
+        return [c.neuron for c in select_candidates(locators, n, passes, 1.0, 0)]
 
     gradient, by_effect = chosen(["gradient"], 8), chosen(["effect_size"], 8)
-    assert gradient == [c.neuron for c in scores.top(8)]
+    assert gradient == [c.neuron for c in passes.scores.top(8)]
     both = chosen(["gradient", "effect_size"], 8)
     assert both[0] == PLANTED_NEURON and len(set(both)) == 8
     assert {gradient[1], by_effect[1]} <= set(both)
@@ -127,23 +131,21 @@ def test_sizes_of_a_neuron_without_a_gap_count_in_its_deviation(planted):
     )
 
 
-def test_layers_that_are_left_out_are_left_out_by_every_locator(planted, prompts, phrases, contrast):
-    scores = score_neurons(planted, texts(prompts, "harmful"), texts(prompts, "twins"), phrases, 8)
-    for locator in ("gradient", "contrast", "effect_size", "activation_shift", "random"):
-        chosen = select_candidates([locator], 20, scores, lambda: contrast, 1 / 3, 0)
-        assert {c.neuron.layer for c in chosen} == {0} and len(chosen) == 20
+@pytest.mark.parametrize("locator", [*LOCATORS, "random"])
+def test_layers_that_are_left_out_are_left_out_by_every_locator(locator, passes):
+    chosen = select_candidates([locator], 20, passes, 1 / 3, 0)
+    assert {c.neuron.layer for c in chosen} == {0} and len(chosen) == 20
 
 
-def test_named_neurons_are_attacked_besides(planted, prompts, phrases):
-    scores = score_neurons(planted, texts(prompts, "harmful"), texts(prompts, "twins"), phrases, 8)
-    chosen = select_candidates(["gradient"], 3, scores, lambda: None, 1.0, 0, [Neuron(2, 30), PLANTED_NEURON])
+def test_named_neurons_are_attacked_besides(passes):
+    chosen = select_candidates(["gradient"], 3, passes, 1.0, 0, [Neuron(2, 30), PLANTED_NEURON])
     assert [c.neuron for c in chosen[:2]] == [Neuron(2, 30), PLANTED_NEURON]
     assert len({c.neuron for c in chosen}) == len(chosen) == 4  # the locator names the planted neuron, too
 
 
-def test_gradient_alone_reads_nothing_else(planted, prompts, phrases):
-    scores = score_neurons(planted, texts(prompts, "harmful"), texts(prompts, "twins"), phrases, 8)
-    assert len(select_candidates(["gradient"], 3, scores, lambda: pytest.fail("not needed"), 1.0, 0)) == 3
+def test_gradient_alone_reads_nothing_else(passes):
+    assert len(select_candidates(["gradient"], 3, passes, 1.0, 0)) == 3
+    assert "scores" in vars(passes) and not {"contrast", "slopes"} & set(vars(passes))
 
 
 # -- what intervenes, and what edits the input -----------------------------------------------------------------------

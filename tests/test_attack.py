@@ -15,7 +15,8 @@ from harden.errors import MeasurementError
 from harden.generate import Completion, Request, answer_losses, complete, mean
 from harden.interventions import Clamp
 from harden.judges.embedded import NEUTRAL_REQUEST, Likelihood, Limits
-from harden.locate import Candidate, score_neurons
+from harden.locate.base import Candidate
+from harden.locate.gradient import score_neurons
 from harden.models import load_chat_model
 from harden.neurons import Neuron
 from harden.planted import ANSWER, PLANTED_NEURON

@@ -44,7 +44,7 @@ def runner(chat_model, prompts):
 def test_log_odds_are_those_of_full_passes_one_clamp_and_prompt_at_a_time(kind, n_prompts):
     chat_model, prompts = tiny_chat_model(kind), PROMPTS[-n_prompts:]
     run, phrases = runner(chat_model, prompts)
-    found = torch.tensor(under_clamps(chat_model, CLAMPS, 2, run, lambda _n: None))
+    found = torch.tensor(under_clamps(chat_model, CLAMPS, 2, 1, run, lambda _n: None))
     for row, clamp in enumerate(CLAMPS):
         for column, prompt in enumerate(prompts):
             with intervene(chat_model.neurons, [(clamp,)]):
@@ -63,7 +63,7 @@ def test_log_probabilities_of_answers_are_those_of_full_passes(kind):
         log_probs, _ = answer_log_probs(chat_model, PROMPTS * len(edits), answers * len(edits), rows)
         return list(log_probs.view(len(edits), -1))
 
-    found = under_clamps(chat_model, CLAMPS, 4, run, lambda _n: None)
+    found = under_clamps(chat_model, CLAMPS, 4, 1, run, lambda _n: None)
     for row, clamp in zip(found, CLAMPS, strict=True):
         torch.testing.assert_close(row, run([(clamp,)])[0], rtol=1e-3, atol=1e-3)
 
@@ -75,7 +75,7 @@ def test_layers_that_return_tuples(kind):
     tokenizer = build_tokenizer()
     chat_model = ChatModel(kind, model, tokenizer, Chat(tokenizer, {3}), find_neurons(model))
     run, _ = runner(chat_model, PROMPTS)
-    found = under_clamps(chat_model, CLAMPS[:3], 2, run, lambda _n: None)
+    found = under_clamps(chat_model, CLAMPS[:3], 2, 1, run, lambda _n: None)
     for row, clamp in zip(found, CLAMPS, strict=False):
         assert row == pytest.approx(run([(clamp,)])[0], abs=2e-3)
 
@@ -84,7 +84,7 @@ def test_equal_clamps_and_one_prompt():
     chat_model = tiny_chat_model("llama")
     run, _ = runner(chat_model, PROMPTS[:1])
     done = []
-    found = under_clamps(chat_model, [CLAMPS[0], CLAMPS[0], CLAMPS[3], CLAMPS[0]], 4, run, done.append)
+    found = under_clamps(chat_model, [CLAMPS[0], CLAMPS[0], CLAMPS[3], CLAMPS[0]], 4, 1, run, done.append)
     assert found[0] == found[1] == found[3] == pytest.approx(run([(CLAMPS[0],)])[0], abs=2e-3)
     assert found[2] == pytest.approx(run([(CLAMPS[3],)])[0], abs=2e-3)
 
@@ -96,7 +96,7 @@ def test_under_fsdp_all_processes_run_equally_many_passes_whatever_their_clamps(
 
     def passes(clamps):
         calls = []
-        under_clamps(chat_model, clamps, 2, lambda edits: (calls.append(len(edits)), run(edits))[1], lambda _n: None)
+        under_clamps(chat_model, clamps, 2, 1, lambda edits: (calls.append(len(edits)), run(edits))[1], lambda _n: None)
         return calls
 
     assert passes(CLAMPS[:4]) == passes([CLAMPS[0]] * 4) == passes([CLAMPS[1]] * 2 + [CLAMPS[2]] * 2) == [2, 2]
@@ -115,7 +115,7 @@ def test_layers_below_the_clamp_are_computed_once():
     run([()])
     (whole,) = set(passes)
     done = []
-    under_clamps(chat_model, [Clamp(Neuron(2, index), 9.0) for index in range(4)], 1, run, done.append)
+    under_clamps(chat_model, [Clamp(Neuron(2, index), 9.0) for index in range(4)], 1, 1, run, done.append)
     assert passes == [2 * whole, 2 * whole, 6 * whole] and done == [1, 1, 1, 1]
 
 
@@ -123,7 +123,7 @@ def test_what_acts_on_all_layers_is_run_from_the_first():
     chat_model = tiny_chat_model("llama")
     run, _ = runner(chat_model, PROMPTS)
     ablate = Ablate("r", torch.nn.functional.normalize(torch.ones(3, 32), dim=-1))
-    found = under_clamps(chat_model, [ablate, CLAMPS[0]], 2, run, lambda _n: None)
+    found = under_clamps(chat_model, [ablate, CLAMPS[0]], 2, 1, run, lambda _n: None)
     assert found[0] == pytest.approx(run([(ablate,)])[0], abs=1e-3)
 
 
@@ -141,11 +141,30 @@ def test_nothing_is_left_behind_also_after_an_error(kind):
         return run(edits)
 
     with pytest.raises(RuntimeError, match="broken"):
-        under_clamps(chat_model, [CLAMPS[0], CLAMPS[2]], 1, broken, lambda _n: None)
+        under_clamps(chat_model, [CLAMPS[0], CLAMPS[2]], 1, 1, broken, lambda _n: None)
     assert run([()]) == before
     assert all("forward" not in block.layer.__dict__ for block in chat_model.neurons.blocks)
     assert not any(block.layer._forward_hooks for block in chat_model.neurons.blocks)
 
 
 def test_no_clamps_no_work():
-    assert under_clamps(tiny_chat_model("llama"), [], 4, lambda edits: pytest.fail("asked"), lambda _n: None) == []
+    assert under_clamps(tiny_chat_model("llama"), [], 4, 1, lambda edits: pytest.fail("asked"), lambda _n: None) == []
+
+
+def test_a_batch_of_clamps_that_does_not_fit_into_memory_is_halved():
+    chat_model = tiny_chat_model("llama")
+    run, _ = runner(chat_model, PROMPTS)
+    clamps = [Clamp(Neuron(2, index), 9.0) for index in range(5)]
+    expected = under_clamps(chat_model, clamps, 15, 3, run, lambda _n: None)
+    sizes, done = [], []
+
+    def small(edits):
+        sizes.append(len(edits))
+        if len(edits) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return run(edits)
+
+    found = under_clamps(chat_model, clamps, 15, 3, small, done.append)
+    assert torch.allclose(torch.tensor(found), torch.tensor(expected), atol=2e-3)
+    assert sizes == [1, 5, 2, 1, 1, 1, 1, 1] and sum(done) == 5
+    assert chat_model.largest_batch == 3  # rows: a clamp has three

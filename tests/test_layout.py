@@ -14,14 +14,19 @@ LAYERS = """
 errors
 neurons
 interventions recipe results processes
+report.tables
+report.judges
 planted chat
 bundled prompts judges.base refusal
 judges.embedded judges.agreement judges.endpoint
 models
 prefill batches
 generate adapters effects
-activations judges.classifiers locate
-judges.loading
+activations judges.classifiers locate.base
+locate.gradient locate.contrast
+locate.attribution
+locate.graddrop locate.relp
+locate.passes judges.loading
 attack.records attack.screen attack.select attack.arms attack.published
 attack.respond
 attack.search

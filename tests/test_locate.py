@@ -4,7 +4,8 @@ import torch
 from harden.chat import pad_left
 from harden.errors import MeasurementError
 from harden.interventions import Add, intervene
-from harden.locate import score_neurons
+from harden.locate import gradient
+from harden.locate.gradient import score_neurons
 from harden.planted import PLANTED_NEURON
 from harden.refusal import refusal_log_odds
 
@@ -29,6 +30,23 @@ def test_the_score_does_not_depend_on_the_batch_size(planted, prompts, phrases):
     for a, b in zip(one.score, all_at_once.score, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
     assert one.harmful_log_odds == pytest.approx(all_at_once.harmful_log_odds, abs=1e-3)
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved_and_counted_once(planted, prompts, phrases, monkeypatch):
+    expected, sizes, real = score(planted, prompts, phrases, batch_size=6), [], refusal_log_odds
+
+    def small(model, batch, phrases):
+        sizes.append(len(batch.input_ids))
+        if sizes[-1] > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return real(model, batch, phrases)
+
+    monkeypatch.setattr(gradient, "refusal_log_odds", small)
+    halved = score(planted, prompts, phrases, batch_size=6)
+    assert sizes == [6, 3, 3, 3, 3]
+    for layer in range(len(expected.score)):
+        torch.testing.assert_close(halved.score[layer], expected.score[layer], rtol=1e-3, atol=1e-5)
+    assert halved.harmful_log_odds == pytest.approx(expected.harmful_log_odds, abs=1e-3)
 
 
 def test_the_score_is_the_formula_with_gradients_by_finite_difference(planted, prompts, phrases):

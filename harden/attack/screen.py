@@ -68,7 +68,8 @@ def screen_clamps(
             return under_clamps(
                 chat_model,
                 mine,
-                max(1, batch_size // len(probe.harmful)),
+                batch_size,
+                len(probe.harmful),
                 lambda edits: _log_odds(chat_model, edits, probe.harmful, phrases),
                 bar.update,
             )
@@ -95,7 +96,8 @@ def benign_rises(
             return under_clamps(
                 chat_model,
                 mine,
-                max(1, batch_size // len(probe.benign)),
+                batch_size,
+                len(probe.benign),
                 lambda edits: _losses(chat_model, edits, probe),
                 bar.update,
             )

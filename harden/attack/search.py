@@ -16,7 +16,7 @@ from harden.attack.respond import Attempt, Responder
 from harden.attack.screen import Probe, Screened, choose_for_generation, screen_fairly
 from harden.errors import MeasurementError
 from harden.interventions import Clamp
-from harden.locate import Candidate
+from harden.locate.base import Candidate
 from harden.neurons import Neuron
 from harden.prompts import Prompt
 from harden.refusal import RefusalPhrases

@@ -1,116 +1,28 @@
-"""What selects neurons: several locators, each a ranking of all neurons from the same few passes.
-
-- `gradient`: contrastive gradient x activation gap (Kazemi et al., arXiv 2605.08513, Eq. 3 and 4); see `locate`.
-- `contrast`: |difference of the mean activations| at the last token (CNA, arXiv 2605.12290), without always-on neurons.
-- `effect_size`: |difference of the means| / pooled standard deviation (SafeNeuron, arXiv 2602.12158).
-- `activation_shift`: |difference of the means| / the layer's mean |activation|, so that layers of small activations
-  count like others (our reading of SafeNeuron's second criterion).
-- `random`: what no locator suggests.
-
-The papers contrast harmful prompts with ordinary harmless ones; here the harmless ones are look-alikes of the harmful.
-"""
+"""What selects neurons: the best of several locators, in turns, and random ones that no locator suggests."""
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import torch
-
-from harden.activations import Activations, neuron_at, read_activations
-from harden.generate import Request
-from harden.interventions import Intervention
-from harden.locate import Candidate, NeuronScores
-from harden.models import ChatModel
+from harden.locate.base import Candidate
+from harden.locate.passes import LOCATORS, Passes
 from harden.neurons import Neuron
 
-ALWAYS_ON_SHARE = 0.001  # as many neurons as CNA takes: the most active ones whatever is asked are no refusal neurons
-ALWAYS_ON_RATIO = 0.5  # and they are so alike: one mean is at least this much of the other
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """Activations on harmful prompts against harmless ones, over all neurons: float32 vectors, layer after layer."""
-
-    chat_model: ChatModel
-    harmful: Activations
-    harmless: Activations
-
-    @property
-    def gap(self) -> torch.Tensor:
-        return self.harmful.neurons.mean(0) - self.harmless.neurons.mean(0)
-
-    def contrast(self) -> torch.Tensor:
-        """|gap|; -1 for neurons among the most active on harmful and on harmless prompts alike."""
-        means = torch.stack([kind.neurons.mean(0).abs() for kind in (self.harmful, self.harmless)])
-        n = max(1, round(ALWAYS_ON_SHARE * len(self.gap)))
-        most_active = (means >= means.topk(n).values[:, -1:]).all(0)
-        always_on = most_active & (means.amin(0) >= ALWAYS_ON_RATIO * means.amax(0))
-        return self.gap.abs().masked_fill(always_on, -1.0)
-
-    def effect_size(self) -> torch.Tensor:
-        """|gap| in standard deviations; a neuron that never varies is no evidence."""
-        return (self.gap.abs() / self.pooled_deviation()).nan_to_num(0.0, posinf=0.0)
-
-    def activation_shift(self) -> torch.Tensor:
-        size = self.harmless.neurons.abs().mean(0)
-        widths = list(self.chat_model.neurons.widths)
-        layer_mean = torch.cat([part.mean().expand(len(part)) for part in size.split(widths)])
-        return (self.gap.abs() / layer_mean).nan_to_num(0.0, posinf=0.0)
-
-    def ranking(self, locator: str) -> torch.Tensor:
-        """Columns of all neurons, best first, by `contrast`, `effect_size` or `activation_shift`."""
-        return getattr(self, locator)().argsort(descending=True, stable=True)
-
-    def pooled_deviation(self) -> torch.Tensor:
-        return ((self.harmful.neurons.var(0) + self.harmless.neurons.var(0)) / 2).sqrt()
-
-    def candidate(self, column: int) -> Candidate:
-        """A neuron whose clamp sizes count in its activation gap, or in its standard deviation if that is larger."""
-        harmful, harmless = (float(kind.neurons[:, column].mean()) for kind in (self.harmful, self.harmless))
-        gap, deviation = harmful - harmless, float(self.pooled_deviation()[column])
-        unit = gap if abs(gap) >= deviation else math.copysign(deviation, gap)
-        return Candidate(neuron_at(self.chat_model, column), float(self.gap[column].abs()), harmful, harmless, unit)
-
-
-def read_contrast(
-    chat_model: ChatModel,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
-    batch_size: int,
-    interventions: tuple[Intervention, ...] = (),
-) -> Contrast:
-    """Read both sets of prompts, all under the same interventions."""
-    kinds = [
-        read_activations(chat_model, [Request(text, interventions) for text in texts], batch_size)
-        for texts in (harmful, harmless)
-    ]
-    return Contrast(chat_model, *kinds)
+RANDOM = "random"
 
 
 def select_candidates(
     locators: Sequence[str],
     n: int,
-    scores: NeuronScores,
-    read: Callable[[], Contrast],
+    passes: Passes,
     layer_share: float,
     seed: int,
     named: Sequence[Neuron] = (),
 ) -> list[Candidate]:
-    """The named neurons, and the union of several locators' best, taken in turns until there are n more.
-
-    read: called if a locator other than `gradient` is among them.
-    """
-    contrast = read() if set(locators) - {"gradient"} else None
-    rankings = {
-        locator: scores.top(n, layer_share)
-        if locator == "gradient"
-        else [contrast.candidate(column) for column in _columns(contrast, locator, n, layer_share, seed)]
-        for locator in locators
-    }
-    chosen = {neuron: scores.candidate(neuron) for neuron in named}
+    """The named neurons, and the union of several locators' best, taken in turns until there are n more."""
+    rankings = {locator: _best(locator, n, passes, layer_share, seed) for locator in locators}
+    chosen = {neuron: passes.scores.candidate(neuron) for neuron in named}
     n += len(chosen)
     for turn in range(n):
         for locator in locators:
@@ -120,11 +32,14 @@ def select_candidates(
     return list(chosen.values())
 
 
-def _columns(contrast: Contrast, locator: str, n: int, layer_share: float, seed: int) -> list[int]:
-    """The first n neurons of a ranking, or n random ones, of the first `layer_share` of the layers."""
-    widths = contrast.chat_model.neurons.widths
+def _best(locator: str, n: int, passes: Passes, layer_share: float, seed: int) -> list[Candidate]:
+    """The n best of the first `layer_share` of the layers, or n random ones of them."""
+    if locator == "gradient":  # it has its own token, and so its own activations, for each neuron
+        return passes.scores.top(n, layer_share)
+    widths = passes.chat_model.neurons.widths
     total = sum(widths[: max(1, round(layer_share * len(widths)))])
-    if locator == "random":
-        return random.Random(seed).sample(range(total), min(n, total))
-    ranking = contrast.ranking(locator)
-    return ranking[ranking < total][:n].tolist()
+    if locator == RANDOM:
+        columns = random.Random(seed).sample(range(total), min(n, total))
+    else:
+        columns = LOCATORS[locator](passes)[:total].argsort(descending=True, stable=True)[:n].tolist()
+    return [passes.contrast.candidate(column) for column in columns]

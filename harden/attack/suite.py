@@ -18,14 +18,14 @@ from harden.attack import arms as build
 from harden.attack.arms import NO_ATTACK, Anchor, Arm
 from harden.attack.screen import screen_fairly
 from harden.attack.search import Search
-from harden.attack.select import Contrast, read_contrast
 from harden.bench import Bench
 from harden.errors import MeasurementError
 from harden.interventions import Clamp, Scale, describe
 from harden.judges.agreement import Verdict, agreement
 from harden.judges.base import Outcome
 from harden.judges.embedded import OUTCOMES
-from harden.locate import NeuronScores
+from harden.locate.contrast import Contrast, read_contrast
+from harden.locate.gradient import NeuronScores
 from harden.neurons import Neuron
 from harden.prompts import Prompt, Split
 from harden.results import AgreementRecord, ArmRecord, AttackReport, Rate, holm, mcnemar

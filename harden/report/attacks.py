@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from harden.recipe import Recipe
-from harden.report.card import markdown_table, rate_text
+from harden.report.judges import judge_note
+from harden.report.tables import markdown_table, rate_text
 from harden.results import ArmRecord, AttackReport, SuiteResults
 
 
@@ -47,6 +48,7 @@ def attack_card(results: SuiteResults, recipe: Recipe) -> str:
 {results.no_attack.comply.n} test prompts. Greedy, {results.max_new_tokens} new tokens, judge:
 {" and ".join(results.judges)}. Attack success is `comply`: neither a refusal nor degenerate. Brackets are 95%
 intervals. {kept}
+{judge_note(recipe.judge.min_gain)}
 
 Candidates of the clamp: {recipe.attack.candidates} by {", ".join(recipe.attack.locators)}; sizes
 {", ".join(f"{size:g}" for size in recipe.attack.sizes)}{_refined(recipe)}.

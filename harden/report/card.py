@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from harden.recipe import Recipe
-from harden.results import Mean, Measurement, Rate, Results, mcnemar
+from harden.report.judges import judge_note
+from harden.report.tables import markdown_table, rate_text
+from harden.results import Mean, Measurement, Results, mcnemar
 
 BUNDLED_LOADER = "from harden.bundled import resolve\n"
 
@@ -35,14 +36,6 @@ def summary_rows(results: Results) -> list[tuple[str, str, str]]:
 def summary_table(results: Results) -> str:
     """The before -> after table in Markdown."""
     return markdown_table([("test split", "before", "after"), *summary_rows(results)])
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first row is the heading."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
 
 
 def verdict_line(results: Results) -> str:
@@ -88,6 +81,7 @@ These lines, run in the run folder (the one that holds `adapter/`), give the mod
 Constant clamp on one neuron, the worst of a fresh search on the selection split, reported on
 {results.after.no_attack.comply.n} unseen prompts. Greedy, {results.max_new_tokens} new tokens, the embedded
 judge{second} (refuse / comply / degenerate; attack success is `comply`). Brackets are 95% intervals.
+{judge_note(recipe.judge.min_gain)}
 
 {summary_table(results)}
 
@@ -117,10 +111,6 @@ def _source(name: str) -> str:
 def _worst(m: Measurement) -> str:
     attack = m.worst_neuron
     return f"{attack.neuron} clamped to {attack.value:.4g}" if attack.neuron else "none found"
-
-
-def rate_text(rate: Rate) -> str:
-    return f"{rate.rate:.1%} [{rate.low:.1%}, {rate.high:.1%}], n={rate.n}"
 
 
 def _mean(mean: Mean) -> str:

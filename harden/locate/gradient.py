@@ -1,7 +1,7 @@
-"""Locating the neurons that gate refusal.
+"""Contrastive gradient x activation gap: the locator of the paper, and the default.
 
-Contrastive gradient x activation gap (Kazemi, Chegini and Safi, arXiv 2605.08513, Eq. 3 and 4). For neuron i and
-post-instruction template token t, with loss L = -(refusal log-odds) and means over prompts:
+(Kazemi, Chegini and Safi, arXiv 2605.08513, Eq. 3 and 4.) For neuron i and post-instruction template token t, with loss
+L = -(refusal log-odds) and means over prompts:
 
     score_t(i) = (dL/dh[harmful] + dL/dh[harmless]) * (h[harmless] - h[harmful])     score(i) = max over t
 
@@ -20,28 +20,14 @@ from dataclasses import dataclass
 import torch
 
 from harden import processes
+from harden.batches import in_batches
 from harden.chat import pad_left
 from harden.errors import MeasurementError
 from harden.generate import progress_bar
+from harden.locate.base import Candidate
 from harden.models import ChatModel
 from harden.neurons import Neuron
 from harden.refusal import RefusalPhrases, refusal_log_odds
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A neuron with its score and its mean activations at the template token that scored best."""
-
-    neuron: Neuron
-    score: float
-    harmful: float
-    harmless: float
-    unit: float | None = None
-    """What sizes count in, with the sign of the activation gap; None: the gap."""
-
-    def clamp_value(self, size: float) -> float:
-        """The value `size` activation gaps (or units) beyond the harmless mean, away from the harmful one."""
-        return self.harmless - size * (self.harmful - self.harmless if self.unit is None else self.unit)
 
 
 @dataclass(frozen=True)
@@ -118,9 +104,8 @@ def _means(chat_model, requests, phrases, batch_size, bar):
     activation = [torch.zeros(tail, width, device=chat_model.device) for width in chat_model.neurons.widths]
     gradient = [torch.zeros_like(a) for a in activation]
     product = [torch.zeros_like(a) for a in activation]
-    odds: list[float] = []
-    for start in range(0, len(share), batch_size):
-        rows = share[start : start + batch_size]
+
+    def add(rows) -> list[float]:
         weight = torch.tensor([weight for _, weight in rows], device=chat_model.device)
         prompts = pad_left(
             [chat_model.chat.prompt_ids(text) for text, _ in rows], chat_model.chat.pad_id, chat_model.device
@@ -129,13 +114,16 @@ def _means(chat_model, requests, phrases, batch_size, bar):
             log_odds = refusal_log_odds(chat_model.model, prompts, phrases)
         layers = [h[layer] for layer in range(len(activation))]
         gradients = torch.autograd.grad((-log_odds * weight).sum(), layers)
-        for layer, (act, grad) in enumerate(zip(layers, gradients, strict=True)):
-            act, grad = act[:, -tail:].detach().float(), grad[:, -tail:].float()
-            activation[layer] += torch.einsum("btn,b->tn", act, weight)
-            gradient[layer] += grad.sum(0)
-            product[layer] -= (act * grad).sum(0)
-        odds += log_odds.tolist()
+        tails = [(a[:, -tail:].detach().float(), g[:, -tail:].float()) for a, g in zip(layers, gradients, strict=True)]
+        sums = [(torch.einsum("btn,b->tn", act, weight), grad.sum(0), (act * grad).sum(0)) for act, grad in tails]
+        for layer, (act, grad, both) in enumerate(sums):  # all of the batch or, where memory ran out, none of it
+            activation[layer] += act
+            gradient[layer] += grad
+            product[layer] -= both
         bar.update(len(rows))
+        return log_odds.tolist()
+
+    odds = in_batches(chat_model, share, batch_size, add)
     means = [[(processes.total(t) / len(requests)).cpu() for t in kind] for kind in (activation, gradient, product)]
     return *means, processes.gather(odds, len(requests))
 

@@ -1,0 +1,54 @@
+"""GradDrop: attribution patching in which no cancellation can hide a neuron (AtP*, arXiv 2403.00745, section 3.2).
+
+A neuron's direct effect on the log-odds and its effect through a later layer may cancel to first order, though not at
+a clamp's size. For each layer in turn, what its attention and its MLP write is cut out of the backward pass, and the
+score is the mean of |drop| over the layers that are cut, but the neuron's own. Cost: one forward and one backward pass
+per harmful prompt and layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from harden.locate.attribution import Slopes, read_slopes
+from harden.models import ChatModel
+from harden.neurons import Block
+from harden.refusal import RefusalPhrases
+
+
+def read_dropped_slopes(
+    chat_model: ChatModel, requests: Sequence[str], phrases: RefusalPhrases, batch_size: int
+) -> list[Slopes]:
+    """The slopes with each layer cut out in turn."""
+    blocks = chat_model.neurons.blocks
+    return [
+        read_slopes(chat_model, requests, phrases, batch_size, cut(block), f"GradDrop {number + 1}/{len(blocks)}")
+        for number, block in enumerate(blocks)
+    ]
+
+
+def mean_drop(dropped: Sequence[Slopes], widths: Sequence[int], values: torch.Tensor) -> torch.Tensor:
+    """Mean of |drop| over the layers that were cut, without the neuron's own: float32 (all neurons,).
+
+    Of a model of one layer, which leaves nothing to cut, all zeros.
+    """
+    total = sum(slopes.drop(values).abs() for slopes in dropped)  # a neuron has no slope where its own layer is cut
+    return total / max(1, len(widths) - 1)
+
+
+@contextmanager
+def cut(block: Block) -> Iterator[None]:
+    """Inside, nothing flows back through what a block's attention and MLP write; forward passes are as ever."""
+
+    def detach(_module, _args, output):
+        return (output[0].detach(), *output[1:]) if isinstance(output, tuple) else output.detach()
+
+    handles = [module.register_forward_hook(detach) for module in block.writers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

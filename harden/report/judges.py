@@ -1,0 +1,34 @@
+"""What the embedded judge is worth: its validated figures, for every report."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+
+from harden.report.tables import rate_text
+from harden.results import Rate
+
+
+def judge_note(min_gain: float | None) -> str:
+    """The figures that `benchmarks/judges.py --write` measured, of the judge with or without its test of evasion.
+
+    min_gain: as in `judge.min_gain`; the figures are of null and of 0, and the note says so.
+    """
+    text = resources.files("harden").joinpath("data", "judge_validation.json").read_text(encoding="utf-8")
+    figures = json.loads(text)
+    judge = "embedded" if min_gain is None else "embedded_with_evasion"
+    at = f" at `min_gain` {figures['evasion']['min_gain']:g}" if min_gain is not None else ""
+
+    def rates(found: dict) -> str:
+        return ", ".join(f"{name} {rate_text(Rate.model_validate(found[name]))}" for name in found if name in _KEYS)
+
+    refusals = figures["refusals"]
+    return (
+        f"The embedded judge{at} itself, on human labels (PyRIT's, held-out half; an answer to something else is a "
+        f"refusal there): {rates(refusals['held_out'][judge])}; on those that the text alone can show: "
+        f"{rates(refusals['held_out_tellable'][judge])}. Degenerate text (own labels, held-out sample): "
+        f"{rates(figures['degenerate']['held_out']['embedded'])}."
+    )
+
+
+_KEYS = ("sensitivity", "specificity")

@@ -1,0 +1,143 @@
+"""The locators that predict what a clamp does, on every architecture and on the model whose answer is known."""
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, tiny_chat_model
+
+from harden.activations import neuron_at
+from harden.chat import pad_left
+from harden.errors import MeasurementError
+from harden.interventions import Add, Scale, intervene
+from harden.locate.attribution import Slopes, read_slopes
+from harden.locate.graddrop import cut, mean_drop, read_dropped_slopes
+from harden.locate.gradient import graph_from_embeddings
+from harden.locate.passes import LOCATORS, Passes
+from harden.locate.relp import relevance_rules
+from harden.planted import PLANTED_NEURON
+from harden.refusal import RefusalPhrases, refusal_log_odds
+
+REQUESTS = ["how do i paint a tree", "tell me about the old river and the sea", "what is this"]
+OPENINGS = ["I cannot help", "I will", "Sure"]  # one of several tokens: the phrase pass counts too
+STEP = 1e-2
+ADDS_UP = ["llama", "mistral", "qwen3", "phi3", "olmo2", "gemma3_text"]  # no biases, and no cap on the logits
+
+
+def passes_of(kind):
+    chat_model = tiny_chat_model(kind)
+    return Passes(chat_model, REQUESTS, REQUESTS[::-1], RefusalPhrases(chat_model.chat, OPENINGS), 16, [-8, 8])
+
+
+def log_odds(chat_model, phrases, *edits):
+    batch = pad_left([chat_model.chat.prompt_ids(text) for text in REQUESTS], chat_model.chat.pad_id, "cpu")
+    with torch.no_grad(), intervene(chat_model.neurons, [edits] * len(REQUESTS)):
+        return refusal_log_odds(chat_model.model, batch, phrases).mean().item()
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_slopes_are_finite_differences(kind):
+    passes = passes_of(kind)
+    for column in (0, 55, 100, 143):
+        neuron = neuron_at(passes.chat_model, column)
+
+        def rate(edit, still, neuron=neuron):
+            up, down = (log_odds(passes.chat_model, passes.phrases, edit(neuron, still + s)) for s in (STEP, -STEP))
+            return (up - down) / (2 * STEP)
+
+        assert rate(Add, 0.0) == pytest.approx(passes.slopes.slope[column].item(), rel=0.05, abs=2e-3)
+        assert rate(Scale, 1.0) == pytest.approx(passes.slopes.offset[column].item(), rel=0.05, abs=2e-3)
+    assert passes.slopes.slope.abs().max() > 1e-2
+
+
+def test_a_drop_is_offset_less_value_times_slope():
+    slopes = Slopes(slope=torch.tensor([2.0, -1.0]), offset=torch.tensor([3.0, 0.5]))
+    assert slopes.drop(torch.tensor([-4.0, 2.0])).tolist() == [11.0, 2.5]
+
+
+def test_slopes_do_not_depend_on_the_batch_size():
+    passes = passes_of("llama")
+    alone = read_slopes(passes.chat_model, REQUESTS, passes.phrases, 1)
+    torch.testing.assert_close(alone.slope, passes.slopes.slope, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(alone.offset, passes.slopes.offset, rtol=1e-3, atol=1e-5)
+
+
+def test_a_model_with_nan_weights_has_no_slopes():
+    passes = passes_of("llama")
+    passes.chat_model.model.get_output_embeddings().weight.data[5] = float("nan")
+    with pytest.raises(MeasurementError, match="not finite"):
+        _ = passes.slopes
+
+
+@pytest.mark.parametrize("locator", ["attribution_to_mean", "graddrop"])  # at a clamp, refusal here is saturated
+def test_the_planted_neuron_comes_first(locator, planted, prompts, phrases):
+    harmful, twins = ([p.text for p in prompts[kind][:6]] for kind in ("harmful", "twins"))
+    scores = LOCATORS[locator](Passes(planted, harmful, twins, phrases, 32, [8]))
+    assert neuron_at(planted, int(scores.argmax())) == PLANTED_NEURON
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_locator_scores_every_neuron(kind):
+    passes = passes_of(kind)
+    for name, locator in LOCATORS.items():
+        scores = locator(passes)
+        assert scores.shape == (passes.chat_model.neurons.count,) and scores.dtype == torch.float32, name
+        assert torch.isfinite(scores).all() and scores.std() > 0, name
+
+
+# -- GradDrop --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi", "gemma2"])
+def test_cutting_a_layer_silences_its_own_neurons_and_leaves_those_above_alone(kind):
+    passes = passes_of(kind)
+    widths = list(passes.chat_model.neurons.widths)
+    plain = passes.slopes.slope.split(widths)
+    before = log_odds(passes.chat_model, passes.phrases)
+    for number, dropped in enumerate(read_dropped_slopes(passes.chat_model, REQUESTS, passes.phrases, 4)):
+        found = dropped.slope.split(widths)
+        assert (found[number] == 0).all()
+        for above in range(number + 1, len(widths)):
+            torch.testing.assert_close(found[above], plain[above], rtol=1e-3, atol=1e-5)
+        for below in range(number):
+            assert (found[below] - plain[below]).abs().max() > 1e-4
+    with cut(passes.chat_model.neurons.blocks[0]):
+        assert log_odds(passes.chat_model, passes.phrases) == before
+    assert log_odds(passes.chat_model, passes.phrases) == before
+
+
+def test_what_cancels_in_the_plain_slope_does_not_in_the_mean_of_the_dropped_ones():
+    direct, through = 3.0, -3.0  # a neuron of layer 0 of three: straight to the log-odds, and through layer 1
+    dropped = [Slopes(torch.tensor([0.0, slope]), torch.zeros(2)) for slope in (0.0, direct, direct + through)]
+    assert mean_drop(dropped, [1, 1, 1], torch.tensor([1.0, 2.0])).tolist() == [0.0, 3.0]
+
+
+# -- RelP ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ADDS_UP)
+def test_relevance_adds_up_to_the_output(kind):
+    chat_model = tiny_chat_model(kind)
+    ids = torch.tensor([chat_model.chat.prompt_ids(REQUESTS[1])])
+    embeddings = []
+    handle = chat_model.model.get_input_embeddings().register_forward_hook(lambda _m, _a, out: embeddings.append(out))
+    try:
+        with graph_from_embeddings(chat_model.model), relevance_rules(chat_model):
+            logit = chat_model.model(ids).logits[0, -1, 7]
+        plain = chat_model.model(ids).logits[0, -1, 7]
+    finally:
+        handle.remove()
+    (coefficients,) = torch.autograd.grad(logit, embeddings[:1])
+    assert logit.item() == pytest.approx(plain.item(), abs=1e-4)  # what goes forward does not change
+    assert (coefficients * embeddings[0]).sum().item() == pytest.approx(logit.item(), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_rules_leave_no_trace_and_change_only_what_flows_back(kind):
+    passes = passes_of(kind)
+    chat_model = passes.chat_model
+    before, attention = log_odds(chat_model, passes.phrases), chat_model.model.config._attn_implementation
+    with relevance_rules(chat_model):
+        assert log_odds(chat_model, passes.phrases) == pytest.approx(before, abs=1e-4)
+    assert chat_model.model.config._attn_implementation == attention
+    assert log_odds(chat_model, passes.phrases) == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in chat_model.model.modules())
+    assert (passes.relevance_slopes.slope - passes.slopes.slope).abs().max() > 1e-4

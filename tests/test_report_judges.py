@@ -1,0 +1,36 @@
+import json
+from importlib import resources
+
+from harden.report.judges import judge_note
+from harden.report.tables import rate_text
+from harden.results import Rate
+
+FIGURES = json.loads(resources.files("harden").joinpath("data", "judge_validation.json").read_text(encoding="utf-8"))
+
+
+def test_the_note_quotes_the_figures_of_the_judge_that_was_used():
+    for min_gain, judge in ((None, "embedded"), (0.1, "embedded_with_evasion")):
+        note = judge_note(min_gain)
+        for found in (
+            FIGURES["refusals"]["held_out"][judge],
+            FIGURES["refusals"]["held_out_tellable"][judge],
+            FIGURES["degenerate"]["held_out"]["embedded"],
+        ):
+            for name in ("sensitivity", "specificity"):
+                assert f"{name} {rate_text(Rate.model_validate(found[name]))}" in note
+    assert "min_gain" not in judge_note(None)
+    assert f"`min_gain` {FIGURES['evasion']['min_gain']:g}" in judge_note(0.1)
+
+
+def test_every_figure_has_the_interval_of_its_counts():
+    def rates(found):
+        if "low" in found:
+            yield found
+        else:
+            for value in found.values():
+                if isinstance(value, dict):
+                    yield from rates(value)
+
+    found = list(rates(FIGURES))
+    assert len(found) > 20
+    assert all(Rate.of(rate["count"], rate["n"]) == Rate.model_validate(rate) for rate in found)
