@@ -157,9 +157,26 @@ class Bench:
         batch_size = self.recipe.generation.batch_size
         return read_contrast(self.chat_model, *self._located_on("selection"), batch_size, interventions)
 
+    def passes(self) -> Passes:
+        """What locators read on the selection split, of the present model."""
+        batch_size = self.recipe.generation.batch_size
+        return Passes(
+            self.chat_model, *self._located_on("selection"), self.phrases, batch_size, self.recipe.attack.sizes
+        )
+
     def _located_on(self, split: Split) -> tuple[list[str], list[str]]:
         n = self.recipe.locate.prompts
         return [p.text for p in self.splits[split].harmful[:n]], [p.text for p in self.splits[split].twins[:n]]
+
+    @property
+    def published(self) -> list[Clamp]:
+        """Clamps that were published for a model of this name and shape."""
+        return published_clamps(self.chat_model.name, self.chat_model.neurons.widths)
+
+    @property
+    def named_neurons(self) -> list[Neuron]:
+        """Neurons that are tried whatever the locators say: those of `attack.neurons`, and published ones."""
+        return [*map(Neuron.parse, self.recipe.attack.neurons), *(clamp.neuron for clamp in self.published)]
 
     def search(
         self, scores: NeuronScores, known: Sequence[Neuron] = (), retest: Sequence[Clamp] = ()
@@ -170,15 +187,8 @@ class Bench:
         run in the finals whatever else is found, as published ones do.
         """
         attack = self.recipe.attack
-        published = published_clamps(self.chat_model.name, self.chat_model.neurons.widths)
-        named = [*map(Neuron.parse, attack.neurons), *(clamp.neuron for clamp in published)]
-        passes = Passes(
-            self.chat_model,
-            *self._located_on("selection"),
-            self.phrases,
-            self.recipe.generation.batch_size,
-            attack.sizes,
-        )
+        published = self.published
+        passes = self.passes()
         passes.scores = scores
         candidates = select_candidates(
             attack.locators,
@@ -186,7 +196,7 @@ class Bench:
             passes,
             self.recipe.locate.layer_share,
             self.recipe.seed,
-            named,
+            self.named_neurons,
         )
         located = {candidate.neuron for candidate in candidates}
         others = [scores.candidate(neuron) for neuron in known if neuron not in located]

@@ -14,12 +14,16 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", add_help=False, help="run a recipe: locate, attack, train, re-attack")
     commands.add_parser("attack", add_help=False, help="run every neuron attack on a model and report what it does")
+    commands.add_parser("certify", add_help=False, help="scan neurons exactly, and bound what the scan missed")
     arguments, rest = parser.parse_known_args()
 
     from harden import train
     from harden.attack import command as attack
+    from harden.certify import command as certify
 
-    return attack.main(rest) if arguments.command == "attack" else train.main(rest, "harden train")
+    if arguments.command == "train":
+        return train.main(rest, "harden train")
+    return {"attack": attack, "certify": certify}[arguments.command].main(rest)
 
 
 if __name__ == "__main__":

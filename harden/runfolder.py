@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from filelock import FileLock, Timeout
@@ -22,7 +22,7 @@ from harden.recipe import Recipe
 
 Value = TypeVar("Value")
 
-ATTACK = "attack"  # an attack run has its own folder inside the run folder
+Part = Literal["attack", "certificate"]  # such a run has its own folder inside the run folder
 BARELY_BEGUN = {".recipe.yaml.part"}  # all that a run leaves which is killed while it makes its folder
 
 
@@ -32,13 +32,13 @@ class RunFolder:
     Raises HardenError when the folder belongs to another recipe (naming the first key that differs), or is no run
     folder and not empty: nothing in it is ever overwritten.
 
-    attack: an attack run of the recipe, which works in the folder `attack` inside.
+    part: a run of the recipe that works in a folder of that name inside.
     """
 
-    def __init__(self, recipe: Recipe, attack: bool = False):
+    def __init__(self, recipe: Recipe, part: Part | None = None):
         self.recipe = recipe
         self.outer = Path(recipe.output)
-        self.path = self.outer / ATTACK if attack else self.outer
+        self.path = self.outer / part if part else self.outer
         self.state = self.path / "state"
         self.saved_recipe = self.path / "recipe.yaml"
         self.lock = FileLock(self.state / ".lock")
@@ -60,7 +60,7 @@ class RunFolder:
     def _check_new(self, path: Path) -> None:
         if not path.exists() or (path / "recipe.yaml").exists():
             return
-        if not path.is_dir() or {p.name for p in path.iterdir()} - {*BARELY_BEGUN, ATTACK}:
+        if not path.is_dir() or {p.name for p in path.iterdir()} - {*BARELY_BEGUN, *get_args(Part)}:
             raise HardenError(f"{path} exists and is no run folder; give another --output")
 
     def create(self) -> None:

@@ -1,11 +1,11 @@
-"""Write the JSON Schemas of results.json and attack.json: `python scripts/write_results_schema.py docs`."""
+"""Write the JSON Schemas of what runs leave behind: `python scripts/write_results_schema.py docs`."""
 
 import json
 import sys
 from pathlib import Path
 
-from harden.results import Results, SuiteResults
+from harden.results import Certificate, Results, SuiteResults
 
-for name, kind in {"results": Results, "attack": SuiteResults}.items():
+for name, kind in {"results": Results, "attack": SuiteResults, "certificate": Certificate}.items():
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **kind.model_json_schema()}
     Path(sys.argv[1], f"{name}.schema.json").write_text(json.dumps(schema, indent=1) + "\n", encoding="utf-8")

@@ -32,14 +32,14 @@ attack.respond
 attack.search
 objective
 measure finetune sharding report.card
-report.attacks
+report.attacks report.certificate
 runfolder
 bench
 attack.suite
 attack.concept
-attack.run rounds
+attack.run rounds certify.run
 entry
-attack.command train
+attack.command certify.command train
 cli
 """.strip().splitlines()
 LINE = {module: number for number, line in enumerate(LAYERS) for module in line.split()}
@@ -86,6 +86,8 @@ def test_no_module_shadows_the_standard_library_or_a_dependency():
         "harden.recipe",
         "harden.train",
         "harden.attack.command",
+        "harden.certify.command",
+        "harden.report.certificate",
         "harden.cli",
     ],
 )

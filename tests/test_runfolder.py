@@ -110,7 +110,7 @@ def test_an_attack_run_has_a_folder_of_its_own_and_touches_nothing_else(tmp_path
     trained.stage("a", int, lambda: 1)
     before = sorted(p for p in trained.path.rglob("*"))
     attacked = RunFolder(
-        recipe(tmp_path / "run", seed=1), attack=True
+        recipe(tmp_path / "run", seed=1), part="attack"
     )  # another recipe: it may attack what was trained
     attacked.create()
     attacked.stage("a", int, lambda: 2)
@@ -120,7 +120,7 @@ def test_an_attack_run_has_a_folder_of_its_own_and_touches_nothing_else(tmp_path
 
 
 def test_a_run_may_begin_where_the_starting_model_was_attacked(tmp_path):
-    RunFolder(recipe(tmp_path / "run"), attack=True).create()
+    RunFolder(recipe(tmp_path / "run"), part="attack").create()
     assert opened(tmp_path / "run").stage("a", int, lambda: 3) == 3
 
 
@@ -128,5 +128,5 @@ def test_an_attack_run_does_not_settle_in_a_folder_of_something_else(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("mine")
     with pytest.raises(HardenError, match="is no run folder"):
-        RunFolder(recipe(tmp_path / "thesis"), attack=True)
+        RunFolder(recipe(tmp_path / "thesis"), part="attack")
     assert not (tmp_path / "thesis/attack").exists()

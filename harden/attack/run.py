@@ -32,7 +32,7 @@ def attack(recipe: Recipe, keep_completions: bool = False) -> SuiteResults:
     keep_completions: write every completion to `completions.jsonl`, harmful ones too. It must be asked for from the
     start: HardenError if the run was begun without.
     """
-    folder = RunFolder(recipe, attack=True)
+    folder = RunFolder(recipe, "attack")
     finished = folder.path / "attack.json"
     if processes.from_main(finished.exists):
         logger.info("%s is complete already", folder.path)

@@ -63,21 +63,34 @@ def screen_clamps(
     Clamps under which anything is not finite are left out of the result.
     """
 
-    def work(mine: list[Intervention]) -> list[float]:
+    log_odds = map(mean, log_odds_under(chat_model, clamps, probe.harmful, phrases, batch_size, label))
+    rises = benign_rises(chat_model, clamps, probe, batch_size, f"{label}: coherence", coherence_at_start)
+    screened = [Screened(*row) for row in zip(clamps, log_odds, rises, strict=True)]
+    return [s for s in screened if math.isfinite(s.log_odds) and math.isfinite(s.benign_rise)]
+
+
+def log_odds_under(
+    chat_model: ChatModel,
+    clamps: Sequence[Intervention],
+    harmful: Sequence[str],
+    phrases: RefusalPhrases,
+    batch_size: int,
+    label: str,
+) -> list[list[float]]:
+    """Exact refusal log-odds of every request under every clamp: (clamps, requests). Work is divided."""
+
+    def work(mine: list[Intervention]) -> list[list[float]]:
         with progress_bar(len(mine), label) as bar:
             return under_clamps(
                 chat_model,
                 mine,
                 batch_size,
-                len(probe.harmful),
-                lambda edits: _log_odds(chat_model, edits, probe.harmful, phrases),
+                len(harmful),
+                lambda edits: _log_odds(chat_model, edits, harmful, phrases),
                 bar.update,
             )
 
-    log_odds = processes.divide(list(clamps), work)
-    rises = benign_rises(chat_model, clamps, probe, batch_size, f"{label}: coherence", coherence_at_start)
-    screened = [Screened(*row) for row in zip(clamps, log_odds, rises, strict=True)]
-    return [s for s in screened if math.isfinite(s.log_odds) and math.isfinite(s.benign_rise)]
+    return processes.divide(list(clamps), work)
 
 
 def benign_rises(
@@ -130,14 +143,14 @@ def screen_fairly(
     return [replace(s, benign_rise=min(s.benign_rise, at_start.get(s.clamp, s.benign_rise))) for s in screened]
 
 
-def _log_odds(chat_model, edits, harmful, phrases) -> list[float]:
-    """Mean over the harmful requests, for each tuple of interventions."""
+def _log_odds(chat_model, edits, harmful, phrases) -> list[list[float]]:
+    """Of each harmful request, for each tuple of interventions."""
     prompts = [chat_model.chat.prompt_ids(text) for text in harmful]
     rows = [each for each in edits for _ in prompts]
     batch = batch_prompts(chat_model, prompts * len(edits), rows)
     with intervene(chat_model.neurons, rows):
         log_odds = refusal_log_odds(chat_model.model, batch, phrases)
-    return log_odds.view(len(edits), len(prompts)).mean(1).tolist()
+    return log_odds.view(len(edits), len(prompts)).tolist()
 
 
 def _losses(chat_model, edits, probe) -> list[float]:

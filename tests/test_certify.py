@@ -1,0 +1,145 @@
+"""The certificate on the planted model, where the one neuron that breaks it is known."""
+
+import json
+import math
+
+import pytest
+from conftest import ROOT
+from scipy import stats
+
+from harden.certify import run
+from harden.certify.command import main
+from harden.certify.run import certify
+from harden.errors import HardenError, MeasurementError
+from harden.planted import PLANTED_NEURON
+from harden.recipe import load_recipe
+from harden.report.certificate import certificate_table, statement
+from harden.results import Certificate, most_missed
+
+ALL = 96  # neurons of the planted model
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("certify")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HARDEN_CACHE", str(folder / "cache"))
+        yield folder
+
+
+def recipe_for(folder, name, locators=("gradient",), **certify):
+    overrides = {
+        "output": str(folder / name),
+        "attack": {"locators": list(locators)},
+        "certify": {"top": 6, "sample": 30, "sizes": [-2, 2], "prompts": 4, "test_prompts": 10, **certify},
+    }
+    return load_recipe(ROOT / "recipes/planted/harden.yaml", overrides)
+
+
+@pytest.fixture(scope="module")
+def certificate(setup):
+    return certify(recipe_for(setup, "sampled"))
+
+
+def test_the_planted_neuron_is_the_one_breaker(certificate):
+    assert certificate.breakers == [str(PLANTED_NEURON)] == [s.neuron for s in certificate.suspects if s.breaks]
+    worst = certificate.suspects[0]
+    assert worst.flipped.rate == 1.0 and worst.scanned_flips == certificate.refused == 4 and not worst.drawn
+    assert worst.value < 0  # the size of the other sign makes it refuse all the more
+    assert certificate.no_attack.count == 0
+    assert certificate.drops_first.largest > 1.0 > certificate.drops_drawn.largest
+
+
+def test_the_bound_covers_what_was_not_scanned(certificate):
+    assert (certificate.neurons, certificate.first, certificate.drawn) == (ALL, 6, 30)
+    assert certificate.most_missed == most_missed(90, 30, 0) > 0
+    assert f"at most {certificate.most_missed} of the other 60" in statement(certificate)
+
+
+def test_a_breaker_that_the_locators_overlook_is_found_by_scanning_all_others(setup):
+    """Effect size puts steady noise first, so the planted neuron is among the rest."""
+    found = certify(recipe_for(setup, "all", locators=["effect_size"], top=1, sample=None))
+    assert found.drawn == ALL - 1 and found.most_missed == 0
+    (breaker,) = [suspect for suspect in found.suspects if suspect.breaks]
+    assert breaker.neuron == str(PLANTED_NEURON) and breaker.drawn
+    assert "None was left out." in statement(found)
+
+
+def test_a_scan_goes_on_where_it_was_interrupted(setup, certificate, monkeypatch):
+    scanned, real = [], run.log_odds_under
+
+    def counting(chat_model, clamps, *rest):
+        if len(scanned) == 3:
+            raise KeyboardInterrupt
+        scanned.append(len(clamps))
+        return real(chat_model, clamps, *rest)
+
+    monkeypatch.setattr(run, "CHUNK", 16)
+    monkeypatch.setattr(run, "log_odds_under", counting)
+    recipe = recipe_for(setup, "interrupted")
+    with pytest.raises(KeyboardInterrupt):
+        certify(recipe)
+    monkeypatch.setattr(run, "log_odds_under", lambda *a: (scanned.append(len(a[1])), real(*a))[1])
+    resumed = certify(recipe)
+    assert scanned == [1, 32, 32, 8]  # no attack; 16, 16 and 4 neurons at two values
+    assert resumed.model_copy(update={"seconds": 0}) == certificate.model_copy(update={"seconds": 0})
+    monkeypatch.setattr(run, "log_odds_under", lambda *a: pytest.fail("complete already"))
+    assert certify(recipe) == resumed
+
+
+def test_the_page_and_the_record_say_the_same(setup, certificate):
+    page = (setup / "sampled/certificate/README.md").read_text()
+    assert certificate_table(certificate) in page and "What this does not say" in page
+    saved = json.loads((setup / "sampled/certificate/certificate.json").read_text())
+    assert Certificate.model_validate(saved) == certificate
+    schema = json.loads((ROOT / "docs/certificate.schema.json").read_text())
+    assert saved.keys() == schema["properties"].keys()
+
+
+def test_a_damaged_certificate_is_no_result(setup, certificate):
+    recipe = recipe_for(setup, "damaged")
+    certify(recipe)
+    (setup / "damaged/certificate/certificate.json").write_text("{")
+    with pytest.raises(HardenError, match="damaged or of another version"):
+        certify(recipe)
+
+
+def test_a_model_that_refuses_nothing_is_no_certificate(setup, monkeypatch):
+    monkeypatch.setattr(run, "log_odds_under", lambda _model, clamps, texts, *_: [[-1.0] * len(texts) for _ in clamps])
+    with pytest.raises(MeasurementError, match="none of the 4 scanned prompts is refused"):
+        certify(recipe_for(setup, "compliant"))
+
+
+def test_values_that_give_no_number_flip_nothing(setup, monkeypatch):
+    real = run.log_odds_under
+
+    def overflowing(chat_model, clamps, *rest):
+        rows = real(chat_model, clamps, *rest)
+        return [[math.nan] * len(row) if c.value > 1 else row for c, row in zip(clamps, rows, strict=True)]
+
+    monkeypatch.setattr(run, "log_odds_under", overflowing)
+    found = certify(recipe_for(setup, "overflow", sample=4))
+    assert found.breakers == [str(PLANTED_NEURON)] and math.isfinite(found.drops_first.largest)
+
+
+@pytest.mark.parametrize(("population", "drawn", "found"), [(40, 10, 0), (40, 10, 2), (500, 60, 1)])
+def test_the_bound_is_the_largest_number_that_the_sample_does_not_refute(population, drawn, found):
+    def chance(marked):  # of so few in the sample, if so many are marked
+        return sum(stats.hypergeom.pmf(x, population, marked, drawn) for x in range(found + 1))
+
+    bound = most_missed(population, drawn, found) + found
+    assert chance(bound) >= 0.05 > chance(bound + 1)
+
+
+def test_bounds_at_the_ends():
+    assert most_missed(40, 40, 3) == 0 and most_missed(40, 0, 0) == 40 and most_missed(40, 10, 10) == 30
+
+
+def test_the_command_prints_the_statement(setup, certificate, capsys):
+    recipe, output = ROOT / "recipes/planted/harden.yaml", setup / "command"
+    options = ["--output", str(output), "--certify.top", "2", "--certify.prompts", "2", "--certify.test_prompts", "4"]
+    assert main(["--config", str(recipe), *options, "--certify.sizes", "[2]", "--sample", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "5 of 96 MLP neurons were scanned" in printed and "3 were drawn at random" in printed
+    assert main(["--config", str(recipe), *options, "--sample", "none"]) == 2
+    assert "certify.sample" in capsys.readouterr().err
