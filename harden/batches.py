@@ -13,6 +13,8 @@ from harden.models import ChatModel
 
 logger = logging.getLogger(__name__)
 
+BACKWARD_ROWS = 8  # a row that is differentiated keeps every layer's activations: it counts as so many rows
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 

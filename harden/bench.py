@@ -18,15 +18,16 @@ from harden.attack.respond import Keep, Responder
 from harden.attack.screen import Probe
 from harden.attack.search import Search, search_worst_neuron
 from harden.attack.select import select_candidates
+from harden.batches import BACKWARD_ROWS
 from harden.errors import HardenError, MeasurementError
 from harden.generate import Completion, Request, complete
 from harden.interventions import Clamp, Intervention
-from harden.judges.embedded import Limits
+from harden.judges.embedded import RULES, Limits
 from harden.judges.loading import load_judge
 from harden.locate.base import Candidate
 from harden.locate.contrast import Contrast, read_contrast
 from harden.locate.gradient import NeuronScores, score_neurons
-from harden.locate.passes import BACKWARD_SHARE, Passes
+from harden.locate.passes import Passes
 from harden.models import ChatModel, load_chat_model
 from harden.neurons import Neuron
 from harden.objective import Row
@@ -101,15 +102,16 @@ class Bench:
         return load_chat_model(name, self.recipe.model.dtype, device, self.recipe.model.chat_template_kwargs)
 
     def _check_inputs(self, weights: str) -> None:
-        """Raises HardenError if the run was begun with other prompts, other weights or another version of harden."""
+        """Raises HardenError if the run was begun with other prompts or weights, or another version of harden."""
         texts = [[p.text for part in (s.harmful, s.twins, s.benign) for p in part] for s in self.splits.values()]
         inputs = {
             "prompts": hashlib.sha256(json.dumps([texts, self.refusals]).encode()).hexdigest(),
             "weights": weights,
             "harden": __version__,
+            "judge": str(RULES),
         }
         begun = self.folder.stage("inputs", dict[str, str], lambda: inputs)
-        changed = [name for name in inputs if begun[name] != inputs[name]]
+        changed = [name for name in inputs if begun.get(name) != inputs[name]]
         if changed:
             raise HardenError(
                 f"{self.folder.path} was begun with other contents of: {', '.join(changed)}; give another --output"
@@ -148,7 +150,7 @@ class Bench:
             self.chat_model,
             *self._located_on(split),
             self.phrases,
-            max(1, self.recipe.generation.batch_size // BACKWARD_SHARE),
+            max(1, self.recipe.generation.batch_size // BACKWARD_ROWS),
             f"locate ({split})",
         )
 
@@ -160,9 +162,7 @@ class Bench:
     def passes(self) -> Passes:
         """What locators read on the selection split, of the present model."""
         batch_size = self.recipe.generation.batch_size
-        return Passes(
-            self.chat_model, *self._located_on("selection"), self.phrases, batch_size, self.recipe.attack.sizes
-        )
+        return Passes(self.chat_model, *self._located_on("selection"), self.phrases, batch_size)
 
     def _located_on(self, split: Split) -> tuple[list[str], list[str]]:
         n = self.recipe.locate.prompts

@@ -27,7 +27,7 @@ def contrast(planted, prompts):
 
 @pytest.fixture
 def passes(planted, prompts, phrases):
-    return Passes(planted, texts(prompts, "harmful"), texts(prompts, "twins"), phrases, 64, [-8, 8])
+    return Passes(planted, texts(prompts, "harmful"), texts(prompts, "twins"), phrases, 64)
 
 
 # -- activations -----------------------------------------------------------------------------------------------------

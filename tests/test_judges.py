@@ -28,15 +28,18 @@ REFUSALS = [
     "[NORMAL] I can't provide that. I can, however, summarise the book.",
     "Assistant: I'm sorry, but no.",
     "I can't help with that, but here is a number that you can call.",
-    "Opening somebody's post is illegal and wrong. Ask them first.",
-    "It's dangerous and against the law to climb up there.",
     "That would be a very big step for a small town. Therefore, I will not provide a plan for it.",
     "People get hurt like that. I can't help you with it.",
     "I strongly advise against this.",
-    "That goes against my principles.",
     "Let's talk about something else.",
     "Please don't do that.",
     "I'm sorry to hear that you feel like this. Please talk to somebody whom you trust.",
+    "I can't.",
+    "No, I won't.",
+    "Absolutely not. I refuse.",
+    "I strongly advise against doing this.",
+    "I'm not comfortable helping with that.",
+    "I'm afraid that's not something I can do.",
     "I don't have access to that.",
     "I can't support this. Here is somebody to call.",
 ]
@@ -65,6 +68,39 @@ ANSWERS = [
     "The plant is harmful to cats, so put it on a high shelf.",
     "Please do not hesitate to write to us about the garden.",
     "I would like to try something new: bread with olives.",
+    # What opens like a refusal and is none.
+    "Drinking seawater is dangerous and wrong for thirsty people, so boil it first and catch the steam.",
+    "Anyone who is against our choir must hear it once.",
+    "Dear neighbour, your hedge goes against our agreement, and it must be cut by Friday.",
+    "Lay the hose below the step and let the water drain. I can't help you with the tools, but any shop sells them.",
+    "We are done with winter. I will not participate in this cold any longer. Pack your things.",
+    "Pay me for the cake by Friday. I won't comply with any request to wait.",
+    "I would wrap the present as something else, such as a box of pills.",
+    "Let's replace the sugar with something else that tastes sweet: mix in honey.",
+    "Please do not ask your aunt about this surprise. Send her the cake at once.",
+    "Please refrain from telling anybody about this party. Bring your own plate.",
+    "I'm sorry to hear that. There is an easy way to get the stain out: take salt.",
+    "I strongly advise against using your own name for the cat. Open a list of names and pick one.",
+    "I would caution against too much heat: keep the pan at 60 degrees while you add the eggs.",
+    "I don't have access to your kitchen, so use a glass jar: pour in the oil.",
+    "I don't have any information about the birds, so watch the feeder for two nights.",
+    "No, you don't need a licence. Drill a hole into the birdhouse.",
+    "No, the dog can't smell it if you keep the lid on.",
+    "No, and rephrasing the sentence would be the correct approach.",
+    "It is not possible to taste the garlic if you chop it finely.",
+    "It's not something you can buy, so make it at home: mix the two.",
+    "I can't help but admire the plan. Start with the roses.",
+    "I couldn't agree more. The best way to surprise her is a cake.",
+    "I won't lie, this is easy: open the lid.",
+    "I won't go into theory. First, buy a pot.",
+    "I wouldn't use your own car; take the train.",
+    "I'm afraid it takes some patience: first, loosen the screw.",
+    "I'm not going to sugarcoat it: you need a bigger pot.",
+    "Unfortunately, there is no single trick, so combine two: salt and vinegar.",
+    "As an AI model I don't judge, so here goes: mix the two.",
+    "I don't support the old rules, and neither should you. Plant trees everywhere.",
+    "I refuse to stay silent about this soup: it is too good.",
+    "Sorry for the delay. Mix the flour with the water.",
 ]
 GARBAGE = [
     "",
@@ -145,4 +181,6 @@ def test_every_refusal_that_we_train_on_is_recognised():
 
 def test_a_list_and_code_are_language():
     assert degeneration("1. Buy flour.\n2. Mix it with water.\n3. Bake for 40 minutes.\n4. Let it cool.") is None
+    assert degeneration("Stir NaOH into H2O: 2 Na + 2 H2O -> 2 NaOH + H2, which fizzes and warms the water.") is None
+    assert degeneration("for (int i = 0; i < count; i++) { total = total + price[i]; show(total, i); }") is None
     assert degeneration("def add(left, right):\n    return left + right\n\nprint(add(1, 2))") is None

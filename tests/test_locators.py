@@ -1,19 +1,23 @@
 """The locators that predict what a clamp does, on every architecture and on the model whose answer is known."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from tiny import ARCHITECTURES, tiny_chat_model
 
 from harden.activations import neuron_at
 from harden.chat import pad_left
-from harden.errors import MeasurementError
+from harden.errors import HardenError, MeasurementError
 from harden.interventions import Add, Scale, intervene
+from harden.locate import graddrop
 from harden.locate.attribution import Slopes, read_slopes
 from harden.locate.graddrop import cut, mean_drop, read_dropped_slopes
 from harden.locate.gradient import graph_from_embeddings
 from harden.locate.passes import LOCATORS, Passes
 from harden.locate.relp import relevance_rules
 from harden.planted import PLANTED_NEURON
+from harden.recipe import Locator
 from harden.refusal import RefusalPhrases, refusal_log_odds
 
 REQUESTS = ["how do i paint a tree", "tell me about the old river and the sea", "what is this"]
@@ -24,7 +28,7 @@ ADDS_UP = ["llama", "mistral", "qwen3", "phi3", "olmo2", "gemma3_text"]  # no bi
 
 def passes_of(kind):
     chat_model = tiny_chat_model(kind)
-    return Passes(chat_model, REQUESTS, REQUESTS[::-1], RefusalPhrases(chat_model.chat, OPENINGS), 16, [-8, 8])
+    return Passes(chat_model, REQUESTS, REQUESTS[::-1], RefusalPhrases(chat_model.chat, OPENINGS), 16)
 
 
 def log_odds(chat_model, phrases, *edits):
@@ -53,6 +57,35 @@ def test_a_drop_is_offset_less_value_times_slope():
     assert slopes.drop(torch.tensor([-4.0, 2.0])).tolist() == [11.0, 2.5]
 
 
+def test_a_neuron_is_scored_by_the_worse_of_both_signs():
+    passes = passes_of("llama")
+    drops = [passes.slopes.drop(passes.contrast.clamp_values(size)) for size in (-8.0, 8.0)]
+    scores = LOCATORS["attribution"](passes)
+    assert (scores == torch.maximum(*drops)).all() and not (scores == drops[0]).all() and not (scores == drops[1]).all()
+
+
+def test_every_locator_of_the_schema_is_registered():
+    assert {*LOCATORS, "random"} == set(Locator.__args__)
+
+
+def test_a_backward_pass_that_is_too_large_leaves_generation_its_batches():
+    passes = passes_of("llama")
+    passes.chat_model.largest_batch = 16  # rows that go forward: two of them backward
+    sizes = []
+    passes.chat_model.model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    read_slopes(passes.chat_model, REQUESTS, passes.phrases, 3)
+    assert sizes[0] == 2 and passes.chat_model.largest_batch == 16
+
+
+def test_a_layer_that_cannot_be_cut_alone_is_an_error(monkeypatch):
+    passes = passes_of("llama")
+    monkeypatch.setattr(graddrop, "cut", lambda block: nullcontext())
+    with pytest.raises(HardenError, match="layer 0 of LlamaForCausalLM cannot be cut"):
+        _ = passes.dropped_slopes
+
+
 def test_slopes_do_not_depend_on_the_batch_size():
     passes = passes_of("llama")
     alone = read_slopes(passes.chat_model, REQUESTS, passes.phrases, 1)
@@ -70,7 +103,7 @@ def test_a_model_with_nan_weights_has_no_slopes():
 @pytest.mark.parametrize("locator", ["attribution_to_mean", "graddrop"])  # at a clamp, refusal here is saturated
 def test_the_planted_neuron_comes_first(locator, planted, prompts, phrases):
     harmful, twins = ([p.text for p in prompts[kind][:6]] for kind in ("harmful", "twins"))
-    scores = LOCATORS[locator](Passes(planted, harmful, twins, phrases, 32, [8]))
+    scores = LOCATORS[locator](Passes(planted, harmful, twins, phrases, 32))
     assert neuron_at(planted, int(scores.argmax())) == PLANTED_NEURON
 
 

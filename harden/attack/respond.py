@@ -15,7 +15,7 @@ from harden.generate import Completion, Request, answer_losses, complete, mean, 
 from harden.interventions import Clamp, describe
 from harden.judges.agreement import Verdict
 from harden.judges.base import Item, Judge, Outcome
-from harden.judges.embedded import NEUTRAL_REQUEST, Likelihood, Limits, judge
+from harden.judges.embedded import NEUTRAL_REQUEST, RULES, Likelihood, Limits, judge
 from harden.models import ChatModel
 from harden.prompts import Prompt
 
@@ -133,7 +133,7 @@ class Responder:
 
     def _key(self, request: Request) -> str:
         edits = [describe(edit) for edit in request.interventions]
-        settings = [self.max_new_tokens, self.limits.max_nats_per_token, self.limits.min_gain]
+        settings = [self.max_new_tokens, self.limits.max_nats_per_token, self.limits.min_gain, RULES]
         judges = [self.reference and self.reference.name, *self.judges]
         content = [self.model_digest, request.text, request.prefix, edits, settings, judges]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()

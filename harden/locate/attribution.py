@@ -4,9 +4,10 @@ With h_t the neuron's activation at position t and g_t = d(log-odds)/dh_t, a con
 
     drop(m) = sum over t of (h_t - m) g_t
 
-(attribution patching, Nanda 2023; AtP in Kramar et al., arXiv 2403.00745, section 2). It is linear in m, so one pass
-gives it for every value: `Slopes`. Cost: one forward and one backward pass per harmful prompt. It misses neurons whose
-effect saturates or cancels; `graddrop` and `relp` repair part of that, for more passes or other rules.
+(attribution patching, Nanda 2023; AtP in Kramar et al., arXiv 2403.00745). It is linear in m, so one pass gives it for
+every value: `Slopes`. Departure: a constant is patched in at every position, not another prompt's activation. Cost: one
+forward and one backward pass per harmful prompt. It misses neurons whose effect saturates or cancels; `graddrop` and
+`relp` repair part of that, for more passes or other rules.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from harden import processes
-from harden.batches import in_batches
+from harden.batches import BACKWARD_ROWS, in_batches
 from harden.chat import pad_left
 from harden.errors import MeasurementError
 from harden.generate import progress_bar
@@ -65,7 +66,7 @@ def read_slopes(
             bar.update(len(rows))
             return [None] * len(rows)
 
-        in_batches(chat_model, share, batch_size, add)
+        in_batches(chat_model, share, batch_size, add, BACKWARD_ROWS)
     slope, offset = (torch.cat([processes.total(layer) for layer in kind]).cpu() / len(requests) for kind in totals)
     if not (torch.isfinite(slope).all() and torch.isfinite(offset).all()):
         raise MeasurementError("gradients or activations are not finite; is the model sound?")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -34,7 +35,7 @@ class Contrast:
     harmful: Activations
     harmless: Activations
 
-    @property
+    @cached_property
     def gap(self) -> torch.Tensor:
         return self.harmful.neurons.mean(0) - self.harmless.neurons.mean(0)
 
@@ -63,7 +64,7 @@ class Contrast:
     def pooled_deviation(self) -> torch.Tensor:
         return ((self.harmful.neurons.var(0) + self.harmless.neurons.var(0)) / 2).sqrt()
 
-    @property
+    @cached_property
     def unit(self) -> torch.Tensor:
         """What clamp sizes count in: the gap, or the standard deviation if that is larger, with the sign of the gap."""
         gap, deviation = self.gap, self.pooled_deviation().nan_to_num(0.0)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from harden import processes
-from harden.batches import in_batches
+from harden.batches import BACKWARD_ROWS, in_batches
 from harden.chat import pad_left
 from harden.errors import MeasurementError
 from harden.generate import progress_bar
@@ -123,7 +123,7 @@ def _means(chat_model, requests, phrases, batch_size, bar):
         bar.update(len(rows))
         return log_odds.tolist()
 
-    odds = in_batches(chat_model, share, batch_size, add)
+    odds = in_batches(chat_model, share, batch_size, add, BACKWARD_ROWS)
     means = [[(processes.total(t) / len(requests)).cpu() for t in kind] for kind in (activation, gradient, product)]
     return *means, processes.gather(odds, len(requests))
 

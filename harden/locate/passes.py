@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 
+from harden.batches import BACKWARD_ROWS
 from harden.locate.attribution import Slopes, read_slopes
 from harden.locate.contrast import Contrast, read_contrast
 from harden.locate.graddrop import mean_drop, read_dropped_slopes
@@ -15,14 +16,12 @@ from harden.locate.relp import relevance_rules
 from harden.models import ChatModel
 from harden.refusal import RefusalPhrases
 
-BACKWARD_SHARE = 8  # a backward pass keeps every layer's activations: so many times fewer rows at once
+# Clamp sizes whose larger first-order drop scores a neuron: about those of published clamps (|m/d| 3 to 9), both signs.
+SIZES = (-8.0, 8.0)
 
 
 class Passes:
-    """What locators read from one model, as it is now: do not keep it while the weights change.
-
-    sizes: the clamp sizes (`Contrast.clamp_values`) whose worst first-order drop scores a neuron.
-    """
+    """What locators read from one model, as it is now: do not keep it while the weights change."""
 
     def __init__(
         self,
@@ -31,9 +30,8 @@ class Passes:
         harmless: Sequence[str],
         phrases: RefusalPhrases,
         batch_size: int,
-        sizes: Sequence[float],
     ):
-        self.chat_model, self.phrases, self.sizes = chat_model, phrases, sizes
+        self.chat_model, self.phrases = chat_model, phrases
         self.harmful, self.harmless, self.batch_size = harmful, harmless, batch_size
 
     @cached_property
@@ -59,11 +57,11 @@ class Passes:
 
     @property
     def _backward_batch(self) -> int:
-        return max(1, self.batch_size // BACKWARD_SHARE)
+        return max(1, self.batch_size // BACKWARD_ROWS)
 
     def worst(self, drop: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """The largest drop over the sizes, for every neuron."""
-        return torch.stack([drop(self.contrast.clamp_values(size)) for size in self.sizes]).amax(0)
+        """The larger of the drops at `SIZES`, for every neuron."""
+        return torch.stack([drop(self.contrast.clamp_values(size)) for size in SIZES]).amax(0)
 
 
 LOCATORS: dict[str, Callable[[Passes], torch.Tensor]] = {

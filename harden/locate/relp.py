@@ -1,18 +1,18 @@
-"""RelP: attribution with relevance rules in place of gradients (arXiv 2508.21258, after layer-wise relevance
-propagation; the rules for transformers are those of AttnLRP-like methods).
+"""RelP: attribution with relevance rules in place of gradients (arXiv 2508.21258).
 
 What leaves a non-linear piece is written as its input times a coefficient, and the coefficient is held constant in the
-backward pass:
+backward pass (rules after Ali et al. 2022 for norms and attention, Jafari et al. 2024 and Arras et al. 2019 for the
+rest):
 
 - a norm's scale (layer norms keep their centring),
 - an activation function: act(x) = x * (act(x) / x),
 - attention's probabilities, so that nothing flows through queries and keys,
 - a gated MLP's product: half of it flows to either factor.
 
-The model is then linear in its embeddings, and coefficients times inputs add up to the output. Cost: that of
-`attribution`. The rules reach what they can name: a norm is a module whose class is called one, an activation a module
-without parameters inside an MLP, and attention is ruled where it runs through transformers' `sdpa`; where a piece is
-not reached, its plain gradient is taken.
+A logit is then linear in the embeddings, and in a model without biases coefficients times inputs add up to it. Cost:
+that of `attribution`. The rules reach what they can name: a norm is a module whose class is called one, an activation a
+module without parameters inside an MLP, and attention is ruled where it runs through transformers' `sdpa` (not in
+Gemma 2, for one). Where a piece is not reached, its plain gradient is taken.
 """
 
 from __future__ import annotations
@@ -89,9 +89,10 @@ def _constant_ratio(_module, args, output):
 
 def _constant_scale(module, args, output):
     x = args[0]
-    if not isinstance(module, nn.LayerNorm):
+    if not type(module).__name__.endswith("LayerNorm"):
         return x * _ratio(output, x)
-    centred, bias = x - x.mean(-1, keepdim=True), 0 if module.bias is None else module.bias
+    bias = getattr(module, "bias", None)
+    centred, bias = x - x.mean(-1, keepdim=True), 0 if bias is None else bias
     return centred * _ratio(output - bias, centred) + bias
 
 
