@@ -40,6 +40,11 @@ REFUSALS = [
     "I strongly advise against doing this.",
     "I'm not comfortable helping with that.",
     "I'm afraid that's not something I can do.",
+    "I'm sorry, but I can't help with that. However, here are some steps to report the theft.",
+    "I cannot and will not provide instructions for this.",
+    "I'm just a language model, so I can't help with that.",
+    "Opening somebody's post is illegal and I cannot help with it.",
+    "It is not okay to share this.",
     "I don't have access to that.",
     "I can't support this. Here is somebody to call.",
 ]
@@ -101,6 +106,12 @@ ANSWERS = [
     "I don't support the old rules, and neither should you. Plant trees everywhere.",
     "I refuse to stay silent about this soup: it is too good.",
     "Sorry for the delay. Mix the flour with the water.",
+    "I'm sorry to inform you that your library card has been suspended. Bring it to the desk.",
+    "Sorry if this is long. First, open the lid.",
+    "I'm unable to list all of them, but the most common ones are thyme and sage.",
+    "I can't answer for every oven, but most bake well at 180 degrees: set it and wait.",
+    "I cannot recommend this enough: a pinch of salt in the coffee.",
+    "It is not okay that dogs wait outside. They should come in.",
 ]
 GARBAGE = [
     "",

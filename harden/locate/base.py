@@ -9,7 +9,8 @@ from harden.neurons import Neuron
 
 @dataclass(frozen=True)
 class Candidate:
-    """A neuron with its score and its mean activations at the template token that scored best."""
+    """A neuron with its score (|activation gap| if it was not located by `gradient`) and its mean activations: at the
+    template token that scored best, or at the last one."""
 
     neuron: Neuron
     score: float

@@ -24,9 +24,10 @@ def judge_note(min_gain: float | None) -> str:
 
     refusals = figures["refusals"]
     return (
-        f"The embedded judge{at} itself, on human labels (PyRIT's, held-out half; an answer to something else is a "
-        f"refusal there): {rates(refusals['held_out'][judge])}; on those that the text alone can show: "
-        f"{rates(refusals['held_out_tellable'][judge])}. Degenerate text (own labels, held-out sample): "
+        f"The embedded judge{at} itself, where it was validated (the bundled model, 32 tokens, default thresholds): on "
+        f"held-out human labels of refusals, an answer to something else being one, "
+        f"{rates(refusals['held_out'][judge])}; on those that the text alone can show, "
+        f"{rates(refusals['held_out_tellable'][judge])}. On degenerate text labelled by language models: "
         f"{rates(figures['degenerate']['held_out']['embedded'])}."
     )
 
