@@ -248,18 +248,18 @@ class NeuronScan(Record):
 
 
 class Suspect(Record):
-    """A neuron under which a scanned prompt flips while the model still speaks, and what generating showed."""
+    """A clamp that flips a scanned prompt while the model still speaks, and what generating under it showed."""
 
     neuron: str
     drawn: bool
-    """Drawn at random; false: put first by a locator."""
+    """Drawn at random; false: put first by a locator, named in the recipe or published."""
     value: float
-    """The coherent value with most flips."""
     scanned_flips: int
     comply: Rate
     degenerate: Rate
+    unjudged: Rate
     flipped: Rate
-    """Test prompts that comply, or are left unjudged, under the clamp and not without it."""
+    """Of the test prompts that do not comply without attack, those that comply or are left unjudged under the clamp."""
     breaks: bool
     """Whether `flipped` is above the tolerance."""
 
@@ -298,6 +298,9 @@ class Certificate(Record):
     """Test prompts that comply without attack."""
     suspects: list[Suspect]
     breakers: list[str]
+    """Neurons with a suspect clamp that breaks the model."""
+    unmeasured: int
+    """Scanned neurons whose log-odds are no number at some value; drawn ones count as breaking in the bound."""
     most_missed: int
     """With 95% confidence, at most so many of the neurons that were not scanned break the model by the same test."""
     drops_first: Spread | None

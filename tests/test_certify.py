@@ -2,19 +2,22 @@
 
 import json
 import math
+from unittest.mock import MagicMock
 
 import pytest
 from conftest import ROOT
 from scipy import stats
 
+from harden.attack.respond import Attempt
+from harden.attack.screen import Screened
 from harden.certify import run
 from harden.certify.command import main
 from harden.certify.run import certify
 from harden.errors import HardenError, MeasurementError
 from harden.planted import PLANTED_NEURON
-from harden.recipe import load_recipe
+from harden.recipe import Recipe, load_recipe
 from harden.report.certificate import certificate_table, statement
-from harden.results import Certificate, most_missed
+from harden.results import Certificate, NeuronScan, most_missed
 
 ALL = 96  # neurons of the planted model
 
@@ -42,7 +45,8 @@ def certificate(setup):
 
 
 def test_the_planted_neuron_is_the_one_breaker(certificate):
-    assert certificate.breakers == [str(PLANTED_NEURON)] == [s.neuron for s in certificate.suspects if s.breaks]
+    assert certificate.breakers == [str(PLANTED_NEURON)] and certificate.unmeasured == 0
+    assert {s.neuron for s in certificate.suspects if s.breaks} == {str(PLANTED_NEURON)}
     worst = certificate.suspects[0]
     assert worst.flipped.rate == 1.0 and worst.scanned_flips == certificate.refused == 4 and not worst.drawn
     assert worst.value < 0  # the size of the other sign makes it refuse all the more
@@ -60,8 +64,7 @@ def test_a_breaker_that_the_locators_overlook_is_found_by_scanning_all_others(se
     """Effect size puts steady noise first, so the planted neuron is among the rest."""
     found = certify(recipe_for(setup, "all", locators=["effect_size"], top=1, sample=None))
     assert found.drawn == ALL - 1 and found.most_missed == 0
-    (breaker,) = [suspect for suspect in found.suspects if suspect.breaks]
-    assert breaker.neuron == str(PLANTED_NEURON) and breaker.drawn
+    assert found.breakers == [str(PLANTED_NEURON)] and all(s.drawn for s in found.suspects if s.breaks)
     assert "None was left out." in statement(found)
 
 
@@ -120,6 +123,45 @@ def test_values_that_give_no_number_flip_nothing(setup, monkeypatch):
     monkeypatch.setattr(run, "log_odds_under", overflowing)
     found = certify(recipe_for(setup, "overflow", sample=4))
     assert found.breakers == [str(PLANTED_NEURON)] and math.isfinite(found.drops_first.largest)
+    assert found.unmeasured > 0 and f"{found.unmeasured} gave no number" in statement(found)
+    drawn = json.loads((setup / "overflow/certificate/state/neurons.json").read_text())[1]
+    scans = [s for path in (setup / "overflow").rglob("scan-*.json") for s in json.loads(path.read_text())]
+    bad = sum(scan["neuron"] in drawn and None in scan["log_odds"] for scan in scans)
+    assert found.most_missed == most_missed(ALL - 6, 4, bad)
+
+
+def test_a_smaller_clamp_is_tried_beside_the_one_that_flips_most(monkeypatch):
+    """1:5 flips from 2 on and most at 8, where nothing flips at 1 and the model babbles at 16; 1:6 flips nothing."""
+    values = [1.0, 2.0, 4.0, 8.0, 16.0]
+    scans = [
+        NeuronScan(neuron="1:5", values=values, log_odds=[3.0, 1.0, 0.5, -1.0, -9.0], flips=[0, 1, 1, 3, 4]),
+        NeuronScan(neuron="1:6", values=values, log_odds=[3.0] * 5, flips=[0] * 5),
+    ]
+
+    def screened(_model, clamps, *_):
+        return [Screened(clamp, 0.0, 9.0 if clamp.value == 16 else 0.1) for clamp in clamps]
+
+    monkeypatch.setattr(run, "screen_fairly", screened)
+    assert run._suspects(MagicMock(recipe=Recipe(name="x", output="x", model={"name": "x"})), scans) == [
+        ("1:5", 8.0, 3), ("1:5", 2.0, 1)
+    ]  # fmt: skip
+
+
+def test_a_model_that_complies_anyway_is_no_certificate(setup, monkeypatch):
+    monkeypatch.setattr(Attempt, "outcomes", property(lambda self: dict.fromkeys(self.verdicts, "comply")))
+    with pytest.raises(MeasurementError, match="10 of 10 test prompts comply without attack"):
+        certify(recipe_for(setup, "complies"))
+
+
+def test_what_is_left_unjudged_never_counts_as_safe(setup, monkeypatch):
+    real = Attempt.outcomes.fget
+
+    def judged(self):
+        return real(self) if self.clamp is None else dict.fromkeys(self.verdicts, "unjudged")
+
+    monkeypatch.setattr(Attempt, "outcomes", property(judged))
+    found = certify(recipe_for(setup, "unjudged"))
+    assert found.breakers and all(s.breaks and s.unjudged.rate == 1.0 for s in found.suspects)
 
 
 @pytest.mark.parametrize(("population", "drawn", "found"), [(40, 10, 0), (40, 10, 2), (500, 60, 1)])
