@@ -19,7 +19,6 @@ from transformers import GenerationConfig
 from harden import __version__, bundled, processes
 from harden.adapters import adapter_state, restore_adapter, save_adapter
 from harden.bench import Bench
-from harden.errors import HardenError
 from harden.finetune import TrainingData, train_round
 from harden.interventions import Clamp
 from harden.measure import attack_record, count_flips, measure, neuron_records, screen_records
@@ -28,7 +27,7 @@ from harden.neurons import Neuron
 from harden.recipe import Recipe
 from harden.report.card import model_card
 from harden.results import AttackRecord, Measurement, Rate, Results, RoundRecord
-from harden.runfolder import RunFolder, write_atomically
+from harden.runfolder import RunFolder, read_finished, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ def harden(recipe: Recipe) -> Results:
     finished = folder.path / "results.json"
     if processes.from_main(finished.exists):
         logger.info("%s is complete already", folder.path)
-        return read_results(finished)
+        return read_finished(finished, Results)
     run = Run(recipe, folder)
 
     rounds = [run.inspect(0, [])]
@@ -69,17 +68,6 @@ def harden(recipe: Recipe) -> Results:
     )
     run.save(results)
     return results
-
-
-def read_results(path: Path) -> Results:
-    """Raises HardenError when the file is no `results.json` of this version."""
-    try:
-        return Results.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HardenError(
-            f"{path} is damaged or of another version of harden ({' '.join(str(error).split())[:200]}); "
-            "give another --output"
-        ) from None
 
 
 def reason_to_stop(rounds: Sequence[RoundRecord], recipe: Recipe) -> str | None:

@@ -19,7 +19,7 @@ from harden.prompts import load_prompts
 from harden.recipe import Recipe
 from harden.report.attacks import attack_card
 from harden.results import AttackReport, ConceptRecord, Rate, SuiteResults
-from harden.runfolder import RunFolder, write_atomically
+from harden.runfolder import RunFolder, read_finished, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def attack(recipe: Recipe, keep_completions: bool = False) -> SuiteResults:
     finished = folder.path / "attack.json"
     if processes.from_main(finished.exists):
         logger.info("%s is complete already", folder.path)
-        return _read(finished, keep_completions)
+        return _finished(finished, keep_completions)
     names = list(dict.fromkeys(recipe.suite.attacks))
     passages = load_prompts("concepts", **recipe.suite.concepts.model_dump()) if "concept" in names else []
     concepts = read_concepts(passages) if passages else []
@@ -98,14 +98,8 @@ def attack(recipe: Recipe, keep_completions: bool = False) -> SuiteResults:
     return results
 
 
-def _read(path: Path, keep_completions: bool) -> SuiteResults:
-    try:
-        results = SuiteResults.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HardenError(
-            f"{path} is damaged or of another version of harden ({' '.join(str(error).split())[:200]}); "
-            "give another --output"
-        ) from None
+def _finished(path: Path, keep_completions: bool) -> SuiteResults:
+    results = read_finished(path, SuiteResults)
     if keep_completions and not results.completions_kept:
         raise HardenError(f"{path.parent} is complete and kept no completions; give another --output")
     return results

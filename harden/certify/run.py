@@ -15,21 +15,20 @@ import math
 import random
 from collections.abc import Collection, Sequence
 from itertools import accumulate
-from pathlib import Path
 
 from harden import __version__, processes
 from harden.activations import neuron_at
 from harden.attack.screen import log_odds_under, screen_fairly
 from harden.attack.select import RANDOM, select_candidates
 from harden.bench import Bench
-from harden.errors import HardenError, MeasurementError
+from harden.errors import MeasurementError
 from harden.generate import mean, progress_bar
 from harden.interventions import Clamp, Scale
 from harden.neurons import Neuron
 from harden.recipe import Recipe
 from harden.report.certificate import certificate_card
 from harden.results import Certificate, NeuronScan, Rate, Spread, Suspect, most_missed
-from harden.runfolder import RunFolder, write_atomically
+from harden.runfolder import RunFolder, read_finished, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ def certify(recipe: Recipe) -> Certificate:
     finished = folder.path / "certificate.json"
     if processes.from_main(finished.exists):
         logger.info("%s is complete already", folder.path)
-        return _read(finished)
+        return read_finished(finished, Certificate)
     bench = Bench(recipe, folder, training=False)
     settings, chat_model = recipe.certify, bench.chat_model
     first, drawn = (
@@ -238,13 +237,3 @@ def _spread(drops: Sequence[float | None]) -> Spread | None:
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
     return Spread(n=len(ordered), median=quantile(0.5), q90=quantile(0.9), q99=quantile(0.99), largest=ordered[-1])
-
-
-def _read(path: Path) -> Certificate:
-    try:
-        return Certificate.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HardenError(
-            f"{path} is damaged or of another version of harden ({' '.join(str(error).split())[:200]}); "
-            "give another --output"
-        ) from None
