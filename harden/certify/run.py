@@ -4,8 +4,8 @@
 2. Scan: exact refusal log-odds on selection prompts with the neuron clamped to each of its values.
 3. Suspects: clamps that flip a scanned prompt and leave the model able to speak. Each generates on test prompts, and
    breaks the model if more than the tolerance of those that do not comply anyway do so under it.
-4. What random neurons were found to do bounds what the neurons that nobody scanned do (in the
-   spirit of AtP*, arXiv 2403.00745, which bounds its misses by a random sample): exact hypergeometric bound at 95%.
+4. What random neurons were found to do bounds what those that nobody scanned do: exact hypergeometric bound at 95% (in
+   the spirit of AtP*, arXiv 2403.00745, which bounds its misses by a random sample).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from harden.runfolder import RunFolder, read_finished, write_atomically
 logger = logging.getLogger(__name__)
 
 CHUNK = 64  # neurons that are scanned and saved together
-NOTHING = Scale(Neuron(0, 0), 1.0)
+NOTHING = Scale(Neuron(0, 0), 1.0)  # an intervention that leaves everything as it is
 
 
 def certify(recipe: Recipe) -> Certificate:
