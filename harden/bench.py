@@ -160,9 +160,13 @@ class Bench:
         return read_contrast(self.chat_model, *self._located_on("selection"), batch_size, interventions)
 
     def passes(self) -> Passes:
-        """What locators read on the selection split, of the present model."""
+        """What locators read on the selection split, of the present model. Outside training, whose weights change,
+        what takes long is saved in the run folder layer by layer."""
         batch_size = self.recipe.generation.batch_size
-        return Passes(self.chat_model, *self._located_on("selection"), self.phrases, batch_size)
+        passes = Passes(self.chat_model, *self._located_on("selection"), self.phrases, batch_size)
+        if not self.training:
+            passes.stage = lambda name, make: self.folder.stage(name, list[float], make)
+        return passes
 
     def _located_on(self, split: Split) -> tuple[list[str], list[str]]:
         n = self.recipe.locate.prompts

@@ -17,13 +17,50 @@ from transformers import Cache
 
 from harden import processes
 from harden.batches import in_batches
-from harden.interventions import Ablate, Intervention
+from harden.generate import progress_bar
+from harden.interventions import Ablate, Intervention, intervene
 from harden.models import ChatModel
 from harden.neurons import MlpNeurons
+from harden.prefill import batch_prompts
+from harden.refusal import RefusalPhrases, refusal_log_odds
 
 Result = TypeVar("Result")
 Run = Callable[[Sequence[tuple[Intervention, ...]]], list[Result]]
 LayerOutput = torch.Tensor | tuple  # the residual stream, (batch, seq, d_model), alone or first in a tuple
+
+
+def log_odds_under(
+    chat_model: ChatModel,
+    clamps: Sequence[Intervention],
+    harmful: Sequence[str],
+    phrases: RefusalPhrases,
+    batch_size: int,
+    label: str,
+) -> list[list[float]]:
+    """Exact refusal log-odds of every request under every clamp: (clamps, requests). Work is divided."""
+
+    def work(mine: list[Intervention]) -> list[list[float]]:
+        with progress_bar(len(mine), label) as bar:
+            return under_clamps(
+                chat_model,
+                mine,
+                batch_size,
+                len(harmful),
+                lambda edits: _log_odds(chat_model, edits, harmful, phrases),
+                bar.update,
+            )
+
+    return processes.divide(list(clamps), work)
+
+
+def _log_odds(chat_model: ChatModel, edits, harmful: Sequence[str], phrases: RefusalPhrases) -> list[list[float]]:
+    """Of each harmful request, for each tuple of interventions."""
+    prompts = [chat_model.chat.prompt_ids(text) for text in harmful]
+    rows = [each for each in edits for _ in prompts]
+    batch = batch_prompts(chat_model, prompts * len(edits), rows)
+    with intervene(chat_model.neurons, rows):
+        log_odds = refusal_log_odds(chat_model.model, batch, phrases)
+    return log_odds.view(len(edits), len(prompts)).tolist()
 
 
 @torch.no_grad()

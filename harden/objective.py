@@ -12,7 +12,7 @@ from harden.adapters import starting_model
 from harden.chat import pad_left
 from harden.generate import answer_cross_entropy, answer_log_probs
 from harden.interventions import Intervention
-from harden.locate.gradient import graph_from_embeddings
+from harden.locate.backward import graph_from_embeddings
 from harden.models import ChatModel
 from harden.prefill import batch_prompts
 from harden.refusal import RefusalPhrases, refusal_log_odds

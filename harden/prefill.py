@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from harden import processes
+from harden.caches import attends_to_all
 from harden.chat import Batch, pad_left
 from harden.interventions import Intervention, intervene
 from harden.models import ChatModel
@@ -41,7 +41,7 @@ def batch_prompts(
     longest = max(map(len, rows)) + more_tokens
     past = DynamicCache(config=chat_model.model.config)
     saves = head and len(distinct) <= MIN_SAVED * len(rows)
-    if not saves or processes.sharded() or not _tolerates_padding(past) or _window(chat_model) < longest:
+    if not saves or processes.sharded() or not attends_to_all(chat_model.model.config, past, longest):
         return pad_left(rows, chat.pad_id, chat_model.device)
     ids = torch.tensor(head, device=chat_model.device).expand(len(distinct), -1)
     with intervene(chat_model.neurons, distinct):
@@ -61,13 +61,3 @@ def _common_head(prompts: Sequence[Sequence[int]]) -> list[int]:
     while n < limit and first[n] == last[n]:
         n += 1
     return list(first[:n])
-
-
-def _window(chat_model: ChatModel) -> float:
-    config = chat_model.model.config.get_text_config()
-    return getattr(config, "sliding_window", None) or float("inf")
-
-
-def _tolerates_padding(past: DynamicCache) -> bool:
-    """Whether every layer is an attention layer; one without a fixed list of layers makes them as it goes."""
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in past.layers)

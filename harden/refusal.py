@@ -4,6 +4,9 @@ p = probability that the answer opens with one of a set of phrases, teacher-forc
 log-odds = log p / (1 - p). The phrases form a trie. With one forward pass over the prompts, and one short one
 over the trie's inner paths on the cached keys and values, both log p and log (1 - p) are sums over its nodes, so
 nothing is subtracted from 1 and no epsilon is needed: the gradient lives on where refusal is nearly certain.
+
+The trie's inner paths are one short row per prompt, in which each token attends to the prompt and to its own path only;
+where a model cannot be told so, they are rows of their own.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from harden.caches import attends_to_all
 from harden.chat import Batch, Chat
 from harden.errors import HardenError
 
@@ -49,41 +53,91 @@ class RefusalPhrases:
         self.rows = [p for p in inner if p and not any(q != p and q[: len(p)] == p for q in inner)]
 
 
-def refusal_log_odds(model, prompts: Batch, phrases: RefusalPhrases) -> torch.Tensor:
+Continuations = dict[int, tuple[torch.Tensor, torch.Tensor]]
+"""First token -> log-probabilities, given it, that a phrase is completed and that none is: each (batch,)."""
+
+
+def refusal_log_odds(
+    model, prompts: Batch, phrases: RefusalPhrases, continuations: Continuations | None = None
+) -> torch.Tensor:
     """Refusal log-odds of each prompt: float32 of shape (batch,), differentiable.
 
-    Interventions that are in force act on the phrase tokens as well. Cost: one forward pass over the prompts and
-    len(phrases.rows) short rows per prompt.
+    Interventions that are in force act on the phrase tokens as well. Cost: one forward pass over the prompts and one
+    over the trie's inner paths, a token each. continuations: take what follows a first token from here, for the price
+    of the first pass alone.
     """
-    batch = len(prompts)
     out = model(**prompts.inputs(), use_cache=True, logits_to_keep=1)
     root = out.logits[:, -1].float().log_softmax(-1)  # (batch, vocab)
-    next_log_probs = {(): root}  # inner path -> log-probabilities of the token after it
-    path_log_prob = {(): root.new_zeros(batch)}
-    if phrases.rows:
-        following = _phrase_pass(model, prompts, out.past_key_values, phrases.rows)
-        for row, path in enumerate(phrases.rows):
-            for n in range(1, len(path) + 1):
-                prefix = path[:n]
-                if prefix not in next_log_probs:
-                    before = prefix[:-1]
-                    path_log_prob[prefix] = path_log_prob[before] + next_log_probs[before][:, prefix[-1]]
-                    next_log_probs[prefix] = following[:, row, n - 1]
-
-    refused, other = [], []
-    for node in phrases.nodes:
-        log_probs = next_log_probs[node.path]
-        here = path_log_prob[node.path]
-        if node.ends:
-            refused.append(here + log_probs[:, list(node.ends)].logsumexp(-1))
-        rest = log_probs.clone()
-        rest[:, list(node.ends + node.continues)] = -torch.inf
-        other.append(here + rest.logsumexp(-1))
-    return torch.stack(refused).logsumexp(0) - torch.stack(other).logsumexp(0)
+    if continuations is None:
+        continuations = _continuations(model, prompts, out.past_key_values, phrases)
+    refused, other = _split(phrases.nodes[0], root, continuations)
+    return refused - other
 
 
-def _phrase_pass(model, prompts: Batch, cache, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
-    """Log-probabilities after each token of each row: (batch, rows, longest row, vocab)."""
+def read_continuations(model, prompts: Batch, phrases: RefusalPhrases) -> Continuations:
+    """What follows each phrase's first token, as the model is now."""
+    out = model(**prompts.inputs(), use_cache=True, logits_to_keep=1)
+    return _continuations(model, prompts, out.past_key_values, phrases)
+
+
+def _continuations(model, prompts: Batch, cache, phrases: RefusalPhrases) -> Continuations:
+    if not phrases.rows:
+        return {}
+    packed = _can_pack(model, cache, len(phrases.nodes) + prompts.attention_mask.shape[1])
+    log_probs = (_packed_pass if packed else _row_pass)(model, prompts, cache, phrases)
+    found = {}
+    for node in reversed(phrases.nodes[1:]):  # longer paths stand behind their beginnings
+        children = {token: found[(*node.path, token)] for token in node.continues}
+        found[node.path] = _split(node, log_probs[node.path], children)
+    return {path[0]: pair for path, pair in found.items() if len(path) == 1}
+
+
+def _split(node: Node, log_probs: torch.Tensor, children: Continuations) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities that a phrase is completed from a node on, and that none is.
+
+    log_probs: of the token after the node, (batch, vocab).
+    """
+    rest = log_probs.clone()
+    rest[:, list(node.ends + node.continues)] = -torch.inf
+    refused, other = [], [rest.logsumexp(-1)]
+    if node.ends:
+        refused.append(log_probs[:, list(node.ends)].logsumexp(-1))
+    for token, (completed, not_completed) in children.items():
+        refused.append(log_probs[:, token] + completed)
+        other.append(log_probs[:, token] + not_completed)
+    return torch.stack(refused).logsumexp(0), torch.stack(other).logsumexp(0)
+
+
+def _can_pack(model, cache, length: int) -> bool:
+    """Whether the model takes an attention mask for every pair of tokens, and positions that are not in a row."""
+    config = model.config.get_text_config()
+    takes_masks = config._attn_implementation.startswith(("eager", "sdpa"))
+    return takes_masks and not getattr(config, "alibi", False) and attends_to_all(model.config, cache, length)
+
+
+def _packed_pass(model, prompts: Batch, cache, phrases: RefusalPhrases) -> dict[tuple[int, ...], torch.Tensor]:
+    """Log-probabilities after each inner path, (batch, vocab): all paths in one row, each a token."""
+    paths = [node.path for node in phrases.nodes[1:]]
+    ids, seen = prompts.input_ids, prompts.attention_mask
+    depth = torch.tensor([len(path) for path in paths], device=ids.device)
+    on_path = torch.tensor([[path[: len(other)] == other for other in paths] for path in paths], device=ids.device)
+    allowed = torch.cat([seen.bool()[:, None].expand(-1, len(paths), -1), on_path.expand(len(ids), -1, -1)], 2)
+    mask = allowed[:, None]  # (batch, 1, paths, prompt + paths)
+    if model.config.get_text_config()._attn_implementation == "eager":  # it adds its masks
+        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+    logits = model(
+        input_ids=torch.tensor([path[-1] for path in paths], device=ids.device).expand(len(ids), -1),
+        attention_mask=mask,
+        position_ids=prompts.position_ids[:, -1:] + depth,
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+    return dict(zip(paths, logits.float().log_softmax(-1).unbind(1), strict=True))
+
+
+def _row_pass(model, prompts: Batch, cache, phrases: RefusalPhrases) -> dict[tuple[int, ...], torch.Tensor]:
+    """The same with a row for each of the longest inner paths."""
+    rows = phrases.rows
     batch, n_rows, longest = len(prompts), len(rows), max(map(len, rows))
     device = prompts.input_ids.device
     tokens = torch.tensor([row + (row[-1],) * (longest - len(row)) for row in rows], device=device)
@@ -97,4 +151,5 @@ def _phrase_pass(model, prompts: Batch, cache, rows: Sequence[tuple[int, ...]]) 
         past_key_values=cache,
         use_cache=True,
     ).logits
-    return logits.float().log_softmax(-1).view(batch, n_rows, longest, -1)
+    following = logits.float().log_softmax(-1).view(batch, n_rows, longest, -1)
+    return {path[:n]: following[:, row, n - 1] for row, path in enumerate(rows) for n in range(1, len(path) + 1)}

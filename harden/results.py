@@ -240,6 +240,8 @@ class NeuronScan(Record):
     """Exact effects of clamping one neuron, at each of the sizes."""
 
     neuron: str
+    prompts: int
+    """How many it met before it was cleared, or all of them."""
     values: list[float]
     log_odds: list[float | None]
     """Mean refusal log-odds over the scanned prompts at each value; null where one is no number."""
@@ -282,8 +284,10 @@ class Certificate(Record):
     model: str
     adapter: str | None
     seed: int
+    layers: list[int] | None
+    """Those that were certified; null: all of them."""
     neurons: int
-    """All MLP neurons of the model."""
+    """All MLP neurons of these layers."""
     first: int
     """Scanned because a locator put them first."""
     drawn: int
@@ -293,6 +297,10 @@ class Certificate(Record):
     """Selection prompts of the scan."""
     refused: int
     """Those of them that are refused by their log-odds without attack: the ones that can flip."""
+    race_prompts: int
+    """Those that a neuron met first; it was cleared there if it left enough of the log-odds."""
+    raced: int
+    """Scanned neurons that were cleared there."""
     tolerance: float
     no_attack: Rate
     """Test prompts that comply without attack."""

@@ -33,8 +33,15 @@ def setup(tmp_path_factory):
 def recipe_for(folder, name, locators=("gradient",), **certify):
     overrides = {
         "output": str(folder / name),
-        "attack": {"locators": list(locators)},
-        "certify": {"top": 6, "sample": 30, "sizes": [-2, 2], "prompts": 4, "test_prompts": 10, **certify},
+        "certify": {
+            "locators": list(locators),
+            "top": 6,
+            "sample": 30,
+            "sizes": [-2, 2],
+            "prompts": 4,
+            "test_prompts": 10,
+            **certify,
+        },
     }
     return load_recipe(ROOT / "recipes/planted/harden.yaml", overrides)
 
@@ -71,23 +78,72 @@ def test_a_breaker_that_the_locators_overlook_is_found_by_scanning_all_others(se
 def test_a_scan_goes_on_where_it_was_interrupted(setup, certificate, monkeypatch):
     scanned, real = [], run.log_odds_under
 
-    def counting(chat_model, clamps, *rest):
-        if len(scanned) == 3:
+    def counting(chat_model, clamps, prompts, *rest):
+        if len(scanned) == 4:
             raise KeyboardInterrupt
-        scanned.append(len(clamps))
-        return real(chat_model, clamps, *rest)
+        scanned.append((len(clamps), len(prompts)))
+        return real(chat_model, clamps, prompts, *rest)
 
     monkeypatch.setattr(run, "CHUNK", 16)
     monkeypatch.setattr(run, "log_odds_under", counting)
     recipe = recipe_for(setup, "interrupted")
     with pytest.raises(KeyboardInterrupt):
         certify(recipe)
-    monkeypatch.setattr(run, "log_odds_under", lambda *a: (scanned.append(len(a[1])), real(*a))[1])
+    monkeypatch.setattr(run, "log_odds_under", lambda *a: (scanned.append((len(a[1]), len(a[2]))), real(*a))[1])
     resumed = certify(recipe)
-    assert scanned == [1, 32, 32, 8]  # no attack; 16, 16 and 4 neurons at two values
+    # no attack; 16, 16 and 4 neurons at two values on two prompts, and the planted one on two more
+    assert sorted(scanned) == [(1, 4), (2, 2), (8, 2), (32, 2), (32, 2)]
     assert resumed.model_copy(update={"seconds": 0}) == certificate.model_copy(update={"seconds": 0})
     monkeypatch.setattr(run, "log_odds_under", lambda *a: pytest.fail("complete already"))
     assert certify(recipe) == resumed
+
+
+def scans_of(folder):
+    return [NeuronScan(**s) for path in sorted(folder.rglob("scan-*.json")) for s in json.loads(path.read_text())]
+
+
+def test_who_cannot_flip_the_easiest_prompts_meets_no_others(setup, certificate):
+    scans = scans_of(setup / "sampled")
+    assert {s.prompts for s in scans if s.neuron != str(PLANTED_NEURON)} == {2} and len(scans) == 36
+    whole = certify(recipe_for(setup, "no-race", race_prompts=4))
+    assert whole.breakers == certificate.breakers and {s.prompts for s in scans_of(setup / "no-race")} == {4}
+    (raced,) = (s for s in scans if s.prompts == 4)
+    unraced = next(s for s in scans_of(setup / "no-race") if s.neuron == raced.neuron)
+    assert raced.flips == unraced.flips and raced.log_odds == pytest.approx(unraced.log_odds, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("odds", "cleared"),
+    [
+        ([[1.9, 3.0], [2.5, 3.5]], True),
+        ([[1.9, 3.0], [0.9, 3.5]], False),  # below half of 2
+        ([[1.9, 1.9], [2.5, 3.5]], False),  # below half of 4
+        ([[1.9, 3.0], [math.nan, 3.5]], False),
+        ([[1.9, 3.0], [-math.inf, 3.5]], False),
+    ],
+)
+def test_half_of_the_log_odds_must_be_left_on_every_refused_prompt(odds, cleared):
+    assert run._cleared(odds, [2.0, 4.0, 6.0], 0.5) is cleared
+
+
+def test_a_prompt_that_is_not_refused_holds_nobody_back():
+    assert run._cleared([[-5.0, 3.0]], [-1.0, 4.0], 0.5) and not run._cleared([[math.nan, 3.0]], [-1.0, 4.0], 0.5)
+
+
+def test_exact_forward_passes_at_the_template_can_put_neurons_first(setup, certificate):
+    found = certify(recipe_for(setup, "tail", locators=["tail"], top=1, sample=2))
+    assert found.breakers == [str(PLANTED_NEURON)] and found.first == 1
+    assert len(list((setup / "tail").rglob("tail-*.json"))) == 3  # a layer each, so that nothing is lost
+
+
+def test_a_certificate_of_some_layers_says_so(setup):
+    found = certify(recipe_for(setup, "layer", layers=[1], sample=None))
+    assert found.neurons == ALL // 3 == found.first + found.drawn and found.breakers == [str(PLANTED_NEURON)]
+    assert f"{ALL // 3} MLP neurons of layer 1, and of no other, were scanned" in statement(found)
+    other = certify(recipe_for(setup, "other-layer", layers=[0], sample=None))
+    assert other.breakers == [] and {s.neuron[:2] for s in scans_of(setup / "other-layer")} == {"0:"}
+    with pytest.raises(HardenError, match="layers 0 to 2"):
+        certify(recipe_for(setup, "no-layer", layers=[3]))
 
 
 def test_the_page_and_the_record_say_the_same(setup, certificate):
@@ -134,8 +190,8 @@ def test_a_smaller_clamp_is_tried_beside_the_one_that_flips_most(monkeypatch):
     """1:5 flips from 2 on and most at 8, where nothing flips at 1 and the model babbles at 16; 1:6 flips nothing."""
     values = [1.0, 2.0, 4.0, 8.0, 16.0]
     scans = [
-        NeuronScan(neuron="1:5", values=values, log_odds=[3.0, 1.0, 0.5, -1.0, -9.0], flips=[0, 1, 1, 3, 4]),
-        NeuronScan(neuron="1:6", values=values, log_odds=[3.0] * 5, flips=[0] * 5),
+        NeuronScan(neuron="1:5", prompts=4, values=values, log_odds=[3.0, 1.0, 0.5, -1.0, -9.0], flips=[0, 1, 1, 3, 4]),
+        NeuronScan(neuron="1:6", prompts=4, values=values, log_odds=[3.0] * 5, flips=[0] * 5),
     ]
 
     def screened(_model, clamps, *_):

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "harden"
 # A module imports only from lines above its own.
 LAYERS = """
 errors
-neurons
+neurons caches
 interventions recipe results processes
 report.tables
 report.judges
@@ -21,11 +21,11 @@ bundled prompts judges.base refusal
 judges.embedded judges.agreement judges.endpoint
 models
 prefill batches
-generate adapters effects
-activations judges.classifiers locate.base
-locate.gradient locate.contrast
-locate.attribution
-locate.graddrop locate.relp
+generate adapters
+effects
+activations judges.classifiers locate.base locate.attribution
+locate.backward locate.contrast locate.exact locate.tail
+locate.gradient locate.graddrop locate.relp locate.integrated
 locate.passes judges.loading
 attack.records attack.screen attack.select attack.arms attack.published
 attack.respond

@@ -4,7 +4,7 @@ import torch
 from harden.chat import pad_left
 from harden.errors import MeasurementError
 from harden.interventions import Add, intervene
-from harden.locate import gradient
+from harden.locate import backward
 from harden.locate.gradient import score_neurons
 from harden.planted import PLANTED_NEURON
 from harden.refusal import refusal_log_odds
@@ -41,7 +41,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved_and_counted_once(plante
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
         return real(model, batch, phrases)
 
-    monkeypatch.setattr(gradient, "refusal_log_odds", small)
+    monkeypatch.setattr(backward, "refusal_log_odds", small)
     halved = score(planted, prompts, phrases, batch_size=6)
     assert sizes == [6, 3, 3, 3, 3]
     for layer in range(len(expected.score)):

@@ -8,14 +8,18 @@ from tiny import ARCHITECTURES, tiny_chat_model
 
 from harden.activations import neuron_at
 from harden.chat import pad_left
+from harden.effects import log_odds_under
 from harden.errors import HardenError, MeasurementError
-from harden.interventions import Add, Scale, intervene
-from harden.locate import graddrop
-from harden.locate.attribution import Slopes, read_slopes
+from harden.interventions import Add, Clamp, Scale, intervene
+from harden.locate import graddrop, integrated
+from harden.locate import tail as tail_module
+from harden.locate.attribution import Slopes
+from harden.locate.backward import graph_from_embeddings, read_backward
 from harden.locate.graddrop import cut, mean_drop, read_dropped_slopes
-from harden.locate.gradient import graph_from_embeddings
 from harden.locate.passes import LOCATORS, Passes
 from harden.locate.relp import relevance_rules
+from harden.locate.tail import tail_log_odds
+from harden.neurons import Neuron
 from harden.planted import PLANTED_NEURON
 from harden.recipe import Locator
 from harden.refusal import RefusalPhrases, refusal_log_odds
@@ -75,7 +79,7 @@ def test_a_backward_pass_that_is_too_large_leaves_generation_its_batches():
     passes.chat_model.model.register_forward_pre_hook(
         lambda _m, _a, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    read_slopes(passes.chat_model, REQUESTS, passes.phrases, 3)
+    read_backward(passes.chat_model, REQUESTS, passes.phrases, 3)
     assert sizes[0] == 2 and passes.chat_model.largest_batch == 16
 
 
@@ -88,7 +92,7 @@ def test_a_layer_that_cannot_be_cut_alone_is_an_error(monkeypatch):
 
 def test_slopes_do_not_depend_on_the_batch_size():
     passes = passes_of("llama")
-    alone = read_slopes(passes.chat_model, REQUESTS, passes.phrases, 1)
+    alone = read_backward(passes.chat_model, REQUESTS, passes.phrases, 1).slopes
     torch.testing.assert_close(alone.slope, passes.slopes.slope, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(alone.offset, passes.slopes.offset, rtol=1e-3, atol=1e-5)
 
@@ -100,7 +104,8 @@ def test_a_model_with_nan_weights_has_no_slopes():
         _ = passes.slopes
 
 
-@pytest.mark.parametrize("locator", ["attribution_to_mean", "graddrop"])  # at a clamp, refusal here is saturated
+# the others count on a clamp's overshoot or on the gap, and refusal here is saturated
+@pytest.mark.parametrize("locator", ["attribution_to_mean", "graddrop", "tail", "exact"])
 def test_the_planted_neuron_comes_first(locator, planted, prompts, phrases):
     harmful, twins = ([p.text for p in prompts[kind][:6]] for kind in ("harmful", "twins"))
     scores = LOCATORS[locator](Passes(planted, harmful, twins, phrases, 32))
@@ -174,3 +179,99 @@ def test_the_rules_leave_no_trace_and_change_only_what_flows_back(kind):
     assert log_odds(chat_model, passes.phrases) == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in chat_model.model.modules())
     assert (passes.relevance_slopes.slope - passes.slopes.slope).abs().max() > 1e-4
+
+
+# -- integrated, tail, exact -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_path_that_leads_nowhere_has_the_plain_slopes(kind):
+    """The way from one prompt's activations to the mean of that prompt alone."""
+    passes = passes_of(kind)
+    passes.harmful = passes.harmless = REQUESTS[:1]
+    torch.testing.assert_close(passes.integrated_slopes.slope, passes.slopes.slope, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(passes.integrated_slopes.offset, passes.slopes.offset, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_at_the_end_of_the_path_the_tail_writes_what_the_means_would(kind):
+    passes = passes_of(kind)
+    neurons, tail = passes.chat_model.neurons, passes.chat_model.chat.template_tail
+    means = [torch.full((tail, width), 0.3) for width in neurons.widths]
+    module, h = neurons.down_projections[1], torch.randn(2, tail + 3, neurons.widths[1])
+    before = log_odds(passes.chat_model, passes.phrases)
+    with integrated._moved(passes.chat_model, means, 1.0, 2):
+        first, second = module(h), module(h)
+        torch.testing.assert_close(first[:, -tail:], module.forward(means[1]).expand(2, -1, -1))
+        torch.testing.assert_close(first[:, :-tail], module.forward(h)[:, :-tail])
+        assert torch.equal(second, module.forward(h))  # the phrases' own pass
+        assert log_odds(passes.chat_model, passes.phrases) != pytest.approx(before, abs=1e-3)
+    assert log_odds(passes.chat_model, passes.phrases) == before
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_tail_is_a_full_pass_with_the_clamp_at_the_templates_tokens(kind):
+    chat_model = tiny_chat_model(kind)
+    chat, tail = chat_model.chat, chat_model.chat.template_tail
+    phrases = RefusalPhrases(chat, ["I", "Sure"])  # of one token: nothing follows
+    clamps = [Clamp(Neuron(2, 5), 9.0), Clamp(Neuron(0, 3), -9.0), Clamp(Neuron(1, 7), -9.0), Clamp(Neuron(2, 6), 4.0)]
+    found = tail_log_odds(chat_model, clamps, REQUESTS, phrases, 6, "tail")
+    for row, clamp in zip(found, clamps, strict=True):
+
+        def at_the_tail(_module, args, clamp=clamp):
+            h = args[0].clone()
+            h[:, -tail:, clamp.neuron.index] = clamp.value
+            return (h, *args[1:])
+
+        handle = chat_model.neurons.down_projections[clamp.neuron.layer].register_forward_pre_hook(at_the_tail)
+        for text, value in zip(REQUESTS, row, strict=True):
+            alone = refusal_log_odds(chat_model.model, pad_left([chat.prompt_ids(text)], 0, "cpu"), phrases)
+            assert value == pytest.approx(alone.item(), abs=2e-3)
+        handle.remove()
+    assert max(abs(a - b) for a, b in zip(found[0], found[1], strict=True)) > 1e-2
+
+
+def test_tail_takes_what_follows_a_first_token_from_the_model_without_a_clamp():
+    chat_model = tiny_chat_model("llama")
+    phrases = RefusalPhrases(chat_model.chat, OPENINGS)
+    nothing = Clamp(Neuron(0, 0), 0.0)
+    chat_model.neurons.down_projections[0].weight.data[:, 0] = 0.0  # so that the clamp changes nothing
+    (found,) = tail_log_odds(chat_model, [nothing], REQUESTS, phrases, 6, "tail")
+    assert sum(found) / len(found) == pytest.approx(log_odds(chat_model, phrases), abs=1e-3)
+
+
+def test_tail_refuses_a_model_that_forgets(monkeypatch):
+    passes = passes_of("llama")
+    monkeypatch.setattr(tail_module, "attends_to_all", lambda *_: False)
+    with pytest.raises(HardenError, match="take it out of the locators"):
+        _ = passes.tail_drops
+
+
+def test_exact_drops_are_the_larger_of_both_signs_and_kept_layer_by_layer():
+    passes = passes_of("llama")
+    kept = {}
+    passes.stage = lambda name, make: kept.setdefault(name, make())
+    drops = passes.exact_drops
+    assert list(kept) == ["exact-000", "exact-001", "exact-002"] and sum(map(len, kept.values())) == len(drops)
+    odds = passes.scores.harmful_log_odds
+    easiest = sorted(REQUESTS, key=lambda text: abs(odds[REQUESTS.index(text)]))[:2]
+    assert len({odd > 0 for odd in odds}) == 1  # or the order would count refused ones first
+    column = 100
+    neuron = neuron_at(passes.chat_model, column)
+    values = [float(passes.contrast.clamp_values(size)[column]) for size in (-16.0, 16.0)]
+    rows = log_odds_under(passes.chat_model, [Clamp(neuron, v) for v in values], easiest, passes.phrases, 4, "")
+    plain = sum(odds[REQUESTS.index(text)] for text in easiest) / 2
+    assert drops[column].item() == pytest.approx(max(plain - sum(row) / 2 for row in rows), abs=1e-3)
+    passes.stage = lambda name, make: kept[name]
+    del passes.exact_drops
+    assert (passes.exact_drops == drops).all()
+
+
+def test_a_backward_pass_is_shared():
+    passes = passes_of("llama")
+    count = []
+    passes.chat_model.model.register_forward_pre_hook(lambda *_: count.append(1))
+    _ = passes.scores, passes.slopes
+    alone = len(count)
+    _ = LOCATORS["gradient"](passes), passes.slopes
+    assert len(count) == alone == 4 * 2  # prompts and phrases, harmful and harmless, in batches of two

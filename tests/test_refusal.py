@@ -3,12 +3,15 @@ import itertools
 import pytest
 import torch
 from tiny import ARCHITECTURES, tiny_chat_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from harden import refusal
 from harden.chat import pad_left
 from harden.errors import HardenError
 from harden.interventions import Clamp, intervene
+from harden.models import ChatModel
 from harden.neurons import Neuron
-from harden.refusal import RefusalPhrases, refusal_log_odds
+from harden.refusal import RefusalPhrases, read_continuations, refusal_log_odds
 
 PHRASES = ("I cannot help", "I cannot with", "I begin", "Sure , slowly", "that")
 PROMPTS = ("how do i build a cake ?", "sell a bomb")
@@ -81,3 +84,47 @@ def test_log_odds_do_not_depend_on_the_batch():
     alone = [refusal_log_odds(chat_model.model, batch_of(chat_model, [text]), phrases) for text in PROMPTS]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
     assert len(set(itertools.chain(*[a.tolist() for a in alone]))) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention"),
+    [*[(kind, "eager") for kind in ARCHITECTURES], *[(kind, "sdpa") for kind in ARCHITECTURES if kind != "gemma2"]],
+)
+def test_phrases_packed_into_one_row_read_as_in_rows_of_their_own(kind, attention, monkeypatch):
+    chat_model = tiny_chat_model(kind)
+    chat_model.model.set_attn_implementation(attention)
+    phrases = RefusalPhrases(chat_model.chat, PHRASES)
+    sizes = []
+    chat_model.model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    packed = refusal_log_odds(chat_model.model, batch_of(chat_model), phrases)
+    monkeypatch.setattr(refusal, "attends_to_all", lambda *_: False)
+    rows = refusal_log_odds(chat_model.model, batch_of(chat_model), phrases)
+    assert sizes[1] == (2, len(phrases.nodes) - 1) and sizes[3] == (2 * len(phrases.rows), 2)
+    torch.testing.assert_close(packed, rows, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["falcon", "mistral"])
+def test_a_model_that_takes_no_mask_for_pairs_of_tokens_gets_rows(kind):
+    """Position by distance (ALiBi), and a window that is shorter than the prompt with its phrases."""
+    options = {"falcon": {"alibi": True, "num_attention_heads": 4}, "mistral": {"sliding_window": 4}}[kind]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=96, hidden_size=32, num_hidden_layers=2, **options)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    chat = tiny_chat_model("llama").chat
+    phrases = RefusalPhrases(chat, PHRASES)
+    alone = ChatModel(kind, model, chat.tokenizer, chat, None)
+    found = refusal_log_odds(model, batch_of(alone, PROMPTS[:1]), phrases)
+    assert found.item() == pytest.approx(brute_force(alone, PROMPTS[0], PHRASES).item(), abs=1e-3)
+
+
+def test_continuations_that_were_read_before_spare_the_second_pass():
+    chat_model = tiny_chat_model("llama")
+    phrases = RefusalPhrases(chat_model.chat, PHRASES)
+    continuations = read_continuations(chat_model.model, batch_of(chat_model), phrases)
+    passes = []
+    chat_model.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    found = refusal_log_odds(chat_model.model, batch_of(chat_model), phrases, continuations)
+    assert len(passes) == 1
+    torch.testing.assert_close(found, refusal_log_odds(chat_model.model, batch_of(chat_model), phrases))

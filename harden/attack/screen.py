@@ -17,12 +17,11 @@ import torch
 
 from harden import processes
 from harden.adapters import has_starting_model, starting_model
-from harden.effects import under_clamps
+from harden.effects import log_odds_under, under_clamps
 from harden.generate import Completion, Request, answer_losses, batch_answer_losses, mean, progress_bar
-from harden.interventions import Clamp, Intervention, intervene
+from harden.interventions import Clamp, Intervention
 from harden.models import ChatModel
-from harden.prefill import batch_prompts
-from harden.refusal import RefusalPhrases, refusal_log_odds
+from harden.refusal import RefusalPhrases
 
 Edit = TypeVar("Edit", bound=Intervention)
 
@@ -67,30 +66,6 @@ def screen_clamps(
     rises = benign_rises(chat_model, clamps, probe, batch_size, f"{label}: coherence", coherence_at_start)
     screened = [Screened(*row) for row in zip(clamps, log_odds, rises, strict=True)]
     return [s for s in screened if math.isfinite(s.log_odds) and math.isfinite(s.benign_rise)]
-
-
-def log_odds_under(
-    chat_model: ChatModel,
-    clamps: Sequence[Intervention],
-    harmful: Sequence[str],
-    phrases: RefusalPhrases,
-    batch_size: int,
-    label: str,
-) -> list[list[float]]:
-    """Exact refusal log-odds of every request under every clamp: (clamps, requests). Work is divided."""
-
-    def work(mine: list[Intervention]) -> list[list[float]]:
-        with progress_bar(len(mine), label) as bar:
-            return under_clamps(
-                chat_model,
-                mine,
-                batch_size,
-                len(harmful),
-                lambda edits: _log_odds(chat_model, edits, harmful, phrases),
-                bar.update,
-            )
-
-    return processes.divide(list(clamps), work)
 
 
 def benign_rises(
@@ -141,16 +116,6 @@ def screen_fairly(
     rises = benign_rises(chat_model, doubtful, probe, batch_size, f"{label}: coherence at the start", True)
     at_start = {clamp: rise for clamp, rise in zip(doubtful, rises, strict=True) if math.isfinite(rise)}
     return [replace(s, benign_rise=min(s.benign_rise, at_start.get(s.clamp, s.benign_rise))) for s in screened]
-
-
-def _log_odds(chat_model, edits, harmful, phrases) -> list[list[float]]:
-    """Of each harmful request, for each tuple of interventions."""
-    prompts = [chat_model.chat.prompt_ids(text) for text in harmful]
-    rows = [each for each in edits for _ in prompts]
-    batch = batch_prompts(chat_model, prompts * len(edits), rows)
-    with intervene(chat_model.neurons, rows):
-        log_odds = refusal_log_odds(chat_model.model, batch, phrases)
-    return log_odds.view(len(edits), len(prompts)).tolist()
 
 
 def _losses(chat_model, edits, probe) -> list[float]:

@@ -1,7 +1,8 @@
 """A certificate: exact scans of the neurons that locators put first and of others drawn at random.
 
 1. Every neuron is scored by the locators; the best `certify.top` are scanned, and `certify.sample` random others.
-2. Scan: exact refusal log-odds on selection prompts with the neuron clamped to each of its values.
+2. Scan: exact refusal log-odds on selection prompts with the neuron clamped to each of its values. It is a race: most
+   neurons are cleared on the few prompts that are most easily talked out of refusing, only the others see them all.
 3. Suspects: clamps that flip a scanned prompt and leave the model able to speak. Each generates on test prompts, and
    breaks the model if more than the tolerance of those that do not comply anyway do so under it.
 4. What random neurons were found to do bounds what those that nobody scanned do: exact hypergeometric bound at 95% (in
@@ -18,12 +19,14 @@ from itertools import accumulate
 
 from harden import __version__, processes
 from harden.activations import neuron_at
-from harden.attack.screen import log_odds_under, screen_fairly
-from harden.attack.select import RANDOM, select_candidates
+from harden.attack.screen import screen_fairly
+from harden.attack.select import select_candidates
 from harden.bench import Bench
+from harden.effects import log_odds_under
 from harden.errors import MeasurementError
 from harden.generate import mean, progress_bar
 from harden.interventions import Clamp, Scale
+from harden.locate.passes import Passes
 from harden.neurons import Neuron
 from harden.recipe import Recipe
 from harden.report.certificate import certificate_card
@@ -45,10 +48,7 @@ def certify(recipe: Recipe) -> Certificate:
         return read_finished(finished, Certificate)
     bench = Bench(recipe, folder, training=False)
     settings, chat_model = recipe.certify, bench.chat_model
-    first, drawn = (
-        [Neuron.parse(neuron) for neuron in part]
-        for part in folder.stage("neurons", tuple[list[str], list[str]], lambda: _chosen(bench))
-    )
+    population = sum(chat_model.neurons.widths[layer] for layer in _layers(bench))
     prompts = [prompt.text for prompt in bench.splits["selection"].harmful[: settings.prompts]]
     batch_size = recipe.generation.batch_size
 
@@ -64,7 +64,16 @@ def certify(recipe: Recipe) -> Certificate:
             f"none of the {len(prompts)} scanned prompts is refused by its log-odds, so none can flip: the model does "
             "not refuse, or not with refusal.phrases; raise certify.prompts or give its own phrases"
         )
-    scans = _scan(bench, [*first, *drawn], prompts, plain)
+    passes = bench.passes()
+    if "tail" in settings.locators:
+        _ = passes.tail_drops  # stages of their own, which do not stand inside the next one
+    first, drawn = (
+        [Neuron.parse(neuron) for neuron in part]
+        for part in folder.stage("neurons", tuple[list[str], list[str]], lambda: _chosen(bench, passes))
+    )
+    easiest = sorted(range(len(plain)), key=lambda place: (plain[place] <= 0, plain[place]))  # to talk out of refusing
+    prompts, plain = [prompts[place] for place in easiest], [plain[place] for place in easiest]
+    scans = _scan(bench, passes, [*first, *drawn], prompts, plain)
     suspects = folder.stage("suspects", list[tuple[str, float, int]], lambda: _suspects(bench, scans))
     logger.info("%d suspect clamps of %d scanned neurons; generating with each", len(suspects), len(scans))
     random_ones = {str(neuron) for neuron in drawn}
@@ -73,26 +82,27 @@ def certify(recipe: Recipe) -> Certificate:
     )
     breakers = list(dict.fromkeys(suspect.neuron for suspect in judged if suspect.breaks))
     unmeasured = {scan.neuron for scan in scans if None in scan.log_odds}
-    drops = {scan.neuron: _drop(scan, mean(plain)) for scan in scans}
+    drops = {scan.neuron: _drop(scan, mean(plain[: scan.prompts])) for scan in scans}
     certificate = Certificate(
         harden_version=__version__,
         model=recipe.model.name,
         adapter=recipe.model.adapter,
         seed=recipe.seed,
-        neurons=chat_model.neurons.count,
+        layers=None if settings.layers is None else sorted(_layers(bench)),
+        neurons=population,
         first=len(first),
         drawn=len(drawn),
         sizes=list(settings.sizes),
         prompts=len(prompts),
         refused=sum(odds > 0 for odds in plain),
+        race_prompts=min(settings.race_prompts, len(prompts)),
+        raced=sum(scan.prompts < len(prompts) for scan in scans),
         tolerance=settings.tolerance,
         no_attack=no_attack,
         suspects=judged,
         breakers=breakers,
         unmeasured=len(unmeasured),
-        most_missed=most_missed(
-            chat_model.neurons.count - len(first), len(drawn), len(random_ones & {*breakers, *unmeasured})
-        ),
+        most_missed=most_missed(population - len(first), len(drawn), len(random_ones & {*breakers, *unmeasured})),
         drops_first=_spread([drops[str(neuron)] for neuron in first]),
         drops_drawn=_spread([drops[str(neuron)] for neuron in drawn]),
         judges=bench.responder.judges,
@@ -106,54 +116,84 @@ def certify(recipe: Recipe) -> Certificate:
     return certificate
 
 
-def _chosen(bench: Bench) -> tuple[list[str], list[str]]:
+def _layers(bench: Bench) -> Collection[int]:
+    """The layers that are certified. Raises HardenError for one that the model does not have."""
+    layers = bench.recipe.certify.layers
+    if layers is None:
+        return range(len(bench.chat_model.neurons.widths))
+    for layer in layers:
+        bench.chat_model.neurons.check(Neuron(layer, 0))
+    return set(layers)
+
+
+def _chosen(bench: Bench, passes: Passes) -> tuple[list[str], list[str]]:
     """The neurons that locators put first, and those drawn at random from all others."""
     recipe, total = bench.recipe, bench.chat_model.neurons.count
-    locators = [locator for locator in recipe.attack.locators if locator != RANDOM]
     found = select_candidates(
-        locators, recipe.certify.top, bench.passes(), recipe.locate.layer_share, recipe.seed, bench.named_neurons
+        recipe.certify.locators, recipe.certify.top, passes, recipe.locate.layer_share, recipe.seed, bench.named_neurons
     )
-    located = {candidate.neuron: None for candidate in found}
-    others = [neuron for n in range(total) if (neuron := neuron_at(bench.chat_model, n)) not in located]
+    layers = _layers(bench)
+    located = {candidate.neuron: None for candidate in found if candidate.neuron.layer in layers}
+    others = [neuron_at(bench.chat_model, n) for n in range(total)]
+    others = [neuron for neuron in others if neuron.layer in layers and neuron not in located]
     if recipe.certify.sample is not None:
         # a stream of its own: the search draws its random candidates with the seed, and training may know them
         others = random.Random(f"certify {recipe.seed}").sample(others, min(recipe.certify.sample, len(others)))
     return list(map(str, located)), list(map(str, others))
 
 
-def _scan(bench: Bench, neurons: Sequence[Neuron], prompts: Sequence[str], plain: Sequence[float]) -> list[NeuronScan]:
+def _scan(
+    bench: Bench, passes: Passes, neurons: Sequence[Neuron], prompts: Sequence[str], plain: Sequence[float]
+) -> list[NeuronScan]:
     """Scan the neurons, chunk by chunk; each chunk is saved when it is done."""
-    contrast = bench.passes().contrast
-    values = [contrast.clamp_values(size) for size in bench.recipe.certify.sizes]
-    starts = [0, *accumulate(bench.chat_model.neurons.widths)]
+    settings, chat_model = bench.recipe.certify, bench.chat_model
+    values = [passes.contrast.clamp_values(size) for size in settings.sizes]
+    starts = [0, *accumulate(chat_model.neurons.widths)]
+
+    def log_odds(clamps: Sequence[Clamp], heat: slice) -> list[list[float]]:
+        batch_size = bench.recipe.generation.batch_size
+        return log_odds_under(chat_model, clamps, prompts[heat], bench.phrases, batch_size, "these clamps")
 
     def scan(chunk: Sequence[Neuron]) -> list[NeuronScan]:
-        columns = [starts[neuron.layer] + neuron.index for neuron in chunk]
-        clamps = [Clamp(n, float(v[column])) for n, column in zip(chunk, columns, strict=True) for v in values]
-        odds = log_odds_under(
-            bench.chat_model, clamps, prompts, bench.phrases, bench.recipe.generation.batch_size, "these clamps"
-        )
-        scans = []
-        for number, neuron in enumerate(chunk):
-            part = slice(number * len(values), (number + 1) * len(values))
-            means = [mean(row) for row in odds[part]]
-            scans.append(
-                NeuronScan(
-                    neuron=str(neuron),
-                    values=[clamp.value for clamp in clamps[part]],
-                    log_odds=[value if math.isfinite(value) else None for value in means],
-                    flips=[sum(p > 0 >= x for p, x in zip(plain, row, strict=True)) for row in odds[part]],
-                )
-            )
-        return scans
+        clamps = {n: [Clamp(n, float(v[starts[n.layer] + n.index])) for v in values] for n in chunk}
+        flat = [clamp for each in clamps.values() for clamp in each]
+        odds = dict(zip(flat, log_odds(flat, slice(settings.race_prompts)), strict=True))
+        going_on = [n for n in chunk if not _cleared([odds[clamp] for clamp in clamps[n]], plain, settings.cleared)]
+        flat = [clamp for n in going_on for clamp in clamps[n]]
+        if flat and len(prompts) > settings.race_prompts:
+            for clamp, more in zip(flat, log_odds(flat, slice(settings.race_prompts, None)), strict=True):
+                odds[clamp] = odds[clamp] + more
+        return [_neuron_scan(n, clamps[n], [odds[clamp] for clamp in clamps[n]], plain) for n in chunk]
 
     scans: list[NeuronScan] = []
+    neurons = sorted(neurons)  # those of a layer run together
     with progress_bar(len(neurons), "scan neurons") as bar:
         for number, start in enumerate(range(0, len(neurons), CHUNK)):
             chunk = neurons[start : start + CHUNK]
             scans += bench.folder.stage(f"scan-{number:05d}", list[NeuronScan], lambda chunk=chunk: scan(chunk))
             bar.update(len(chunk))
     return scans
+
+
+def _cleared(odds: Sequence[Sequence[float]], plain: Sequence[float], share: float) -> bool:
+    """Whether no clamp takes any refused prompt below `share` of its log-odds; no number clears nothing.
+
+    odds: of the first prompts, under each clamp; plain: of all prompts without one.
+    """
+    return all(x >= share * p for row in odds for x, p in zip(row, plain, strict=False) if p > 0 or math.isnan(x))
+
+
+def _neuron_scan(
+    neuron: Neuron, clamps: Sequence[Clamp], odds: Sequence[Sequence[float]], plain: Sequence[float]
+) -> NeuronScan:
+    means = [mean(row) for row in odds]
+    return NeuronScan(
+        neuron=str(neuron),
+        prompts=len(odds[0]),
+        values=[clamp.value for clamp in clamps],
+        log_odds=[value if math.isfinite(value) else None for value in means],
+        flips=[sum(p > 0 >= x for p, x in zip(plain, row, strict=False)) for row in odds],
+    )
 
 
 def _suspects(bench: Bench, scans: Sequence[NeuronScan]) -> list[tuple[str, float, int]]:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
 from harden.errors import HardenError
-from harden.locate.attribution import Slopes, read_slopes
+from harden.locate.attribution import Slopes
+from harden.locate.backward import read_backward
 from harden.models import ChatModel
 from harden.neurons import Block
 from harden.refusal import RefusalPhrases
@@ -32,7 +34,7 @@ def read_dropped_slopes(
     dropped = []
     for number, block in enumerate(blocks):
         label = f"GradDrop {number + 1}/{len(blocks)}"
-        dropped.append(read_slopes(chat_model, requests, phrases, batch_size, cut(block), label))
+        dropped.append(read_backward(chat_model, requests, phrases, batch_size, partial(cut, block), label).slopes)
         by_layer = dropped[-1].slope.split(widths)
         if by_layer[number].any() or (number and not by_layer[number - 1].any()):
             raise HardenError(

@@ -19,15 +19,11 @@ from dataclasses import dataclass
 
 import torch
 
-from harden import processes
-from harden.batches import BACKWARD_ROWS, in_batches
-from harden.chat import pad_left
-from harden.errors import MeasurementError
-from harden.generate import progress_bar
+from harden.locate.backward import Backward, read_backward
 from harden.locate.base import Candidate
 from harden.models import ChatModel
 from harden.neurons import Neuron
-from harden.refusal import RefusalPhrases, refusal_log_odds
+from harden.refusal import RefusalPhrases
 
 
 @dataclass(frozen=True)
@@ -79,65 +75,26 @@ def score_neurons(
 
     Raises MeasurementError if a gradient or an activation is not finite.
     """
-    with progress_bar(len(harmful) + len(harmless), label) as bar:
-        act_bad, grad_bad, product, odds_bad = _means(chat_model, harmful, phrases, batch_size, bar)
-        act_good, grad_good, _, odds_good = _means(chat_model, harmless, phrases, batch_size, bar)
-    score, harmful_act, harmless_act, attribution = [], [], [], []
-    for layer in range(len(act_bad)):
-        rise = (grad_bad[layer] + grad_good[layer]) * (act_good[layer] - act_bad[layer])  # (tail, d_mlp)
-        if not torch.isfinite(rise).all():
-            raise MeasurementError(f"layer {layer}: gradients or activations are not finite; is the model sound?")
-        best, token = rise.max(0)
-        score.append(best)
-        harmful_act.append(act_bad[layer].gather(0, token[None])[0])
-        harmless_act.append(act_good[layer].gather(0, token[None])[0])
-        attribution.append(product[layer].sum(0))
-    return NeuronScores(
-        tuple(score), tuple(harmful_act), tuple(harmless_act), tuple(attribution), tuple(odds_bad), tuple(odds_good)
+    return contrast_scores(
+        *(read_backward(chat_model, texts, phrases, batch_size, label=label) for texts in (harmful, harmless))
     )
 
 
-def _means(chat_model, requests, phrases, batch_size, bar):
-    """Means of activation, gradient of -(log-odds) and attribution, each a list of (tail, d_mlp); the log-odds."""
-    tail = chat_model.chat.template_tail
-    share = processes.my_share(requests)
-    activation = [torch.zeros(tail, width, device=chat_model.device) for width in chat_model.neurons.widths]
-    gradient = [torch.zeros_like(a) for a in activation]
-    product = [torch.zeros_like(a) for a in activation]
-
-    def add(rows) -> list[float]:
-        weight = torch.tensor([weight for _, weight in rows], device=chat_model.device)
-        prompts = pad_left(
-            [chat_model.chat.prompt_ids(text) for text, _ in rows], chat_model.chat.pad_id, chat_model.device
-        )
-        with graph_from_embeddings(chat_model.model), chat_model.neurons.read() as h:
-            log_odds = refusal_log_odds(chat_model.model, prompts, phrases)
-        layers = [h[layer] for layer in range(len(activation))]
-        gradients = torch.autograd.grad((-log_odds * weight).sum(), layers)
-        tails = [(a[:, -tail:].detach().float(), g[:, -tail:].float()) for a, g in zip(layers, gradients, strict=True)]
-        sums = [(torch.einsum("btn,b->tn", act, weight), grad.sum(0), (act * grad).sum(0)) for act, grad in tails]
-        for layer, (act, grad, both) in enumerate(sums):  # all of the batch or, where memory ran out, none of it
-            activation[layer] += act
-            gradient[layer] += grad
-            product[layer] -= both
-        bar.update(len(rows))
-        return log_odds.tolist()
-
-    odds = in_batches(chat_model, share, batch_size, add, BACKWARD_ROWS)
-    means = [[(processes.total(t) / len(requests)).cpu() for t in kind] for kind in (activation, gradient, product)]
-    return *means, processes.gather(odds, len(requests))
-
-
-class graph_from_embeddings:
-    """Make the embeddings' output the root of the autograd graph, so that a frozen model has gradients inside."""
-
-    def __init__(self, model):
-        self.embeddings = model.get_input_embeddings()
-
-    def __enter__(self):
-        self.handle = self.embeddings.register_forward_hook(
-            lambda _module, _args, output: output if output.requires_grad else output.requires_grad_()
-        )
-
-    def __exit__(self, *_):
-        self.handle.remove()
+def contrast_scores(harmful: Backward, harmless: Backward) -> NeuronScores:
+    """Score every neuron by what was read of two sets of requests."""
+    score, harmful_act, harmless_act, attribution = [], [], [], []
+    for layer, (act_bad, act_good) in enumerate(zip(harmful.activation, harmless.activation, strict=True)):
+        slope = harmful.gradient[layer] + harmless.gradient[layer]
+        best, token = (-slope * (act_good - act_bad)).max(0)  # over (tail, d_mlp)
+        score.append(best)
+        harmful_act.append(act_bad.gather(0, token[None])[0])
+        harmless_act.append(act_good.gather(0, token[None])[0])
+        attribution.append(harmful.product[layer].sum(0))
+    return NeuronScores(
+        tuple(score),
+        tuple(harmful_act),
+        tuple(harmless_act),
+        tuple(attribution),
+        tuple(harmful.log_odds),
+        tuple(harmless.log_odds),
+    )

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
 from harden.batches import BACKWARD_ROWS
-from harden.locate.attribution import Slopes, read_slopes
+from harden.effects import log_odds_under
+from harden.generate import mean
+from harden.locate.attribution import Slopes
+from harden.locate.backward import Backward, read_backward
 from harden.locate.contrast import Contrast, read_contrast
+from harden.locate.exact import layer_drops
 from harden.locate.graddrop import mean_drop, read_dropped_slopes
-from harden.locate.gradient import NeuronScores, score_neurons
+from harden.locate.gradient import NeuronScores, contrast_scores
+from harden.locate.integrated import read_integrated_slopes
 from harden.locate.relp import relevance_rules
+from harden.locate.tail import tail_log_odds
 from harden.models import ChatModel
 from harden.refusal import RefusalPhrases
 
 # Clamp sizes whose larger first-order drop scores a neuron: about those of published clamps (|m/d| 3 to 9), both signs.
 SIZES = (-8.0, 8.0)
+# What `tail` and `exact`, which pay for every size and prompt, measure a neuron with. Larger sizes: they see overshoot.
+EXACT_SIZES = (-16.0, 16.0)
+EXACT_PROMPTS = 2  # those that are most easily talked out of refusing
+
+Stage = Callable[[str, Callable[[], list[float]]], list[float]]
+"""Gives what was saved under a name, or makes it and saves it."""
 
 
 class Passes:
@@ -30,13 +42,23 @@ class Passes:
         harmless: Sequence[str],
         phrases: RefusalPhrases,
         batch_size: int,
+        stage: Stage = lambda _name, make: make(),
     ):
+        self.stage = stage
         self.chat_model, self.phrases = chat_model, phrases
         self.harmful, self.harmless, self.batch_size = harmful, harmless, batch_size
 
     @cached_property
     def scores(self) -> NeuronScores:
-        return score_neurons(self.chat_model, self.harmful, self.harmless, self.phrases, self._backward_batch)
+        return contrast_scores(self.backward, self.harmless_backward)
+
+    @cached_property
+    def backward(self) -> Backward:
+        return self._read_backward(self.harmful)
+
+    @cached_property
+    def harmless_backward(self) -> Backward:
+        return self._read_backward(self.harmless)
 
     @cached_property
     def contrast(self) -> Contrast:
@@ -44,16 +66,47 @@ class Passes:
 
     @cached_property
     def slopes(self) -> Slopes:
-        return read_slopes(self.chat_model, self.harmful, self.phrases, self._backward_batch)
+        return self.backward.slopes
 
     @cached_property
     def relevance_slopes(self) -> Slopes:
-        rules = relevance_rules(self.chat_model)
-        return read_slopes(self.chat_model, self.harmful, self.phrases, self._backward_batch, rules, "RelP")
+        return self._read_backward(self.harmful, partial(relevance_rules, self.chat_model), "RelP").slopes
 
     @cached_property
     def dropped_slopes(self) -> list[Slopes]:
         return read_dropped_slopes(self.chat_model, self.harmful, self.phrases, self._backward_batch)
+
+    @cached_property
+    def integrated_slopes(self) -> Slopes:
+        means = self.harmless_backward.activation
+        return read_integrated_slopes(self.chat_model, self.harmful, means, self.phrases, self._backward_batch)
+
+    @cached_property
+    def tail_drops(self) -> torch.Tensor:
+        return self._drops("tail", tail_log_odds)
+
+    @cached_property
+    def exact_drops(self) -> torch.Tensor:
+        return self._drops("exact", log_odds_under)
+
+    def _drops(self, name: str, measure: Callable[..., list[list[float]]]) -> torch.Tensor:
+        """Largest drop of every neuron at `EXACT_SIZES`; each layer is a stage."""
+        odds = self.scores.harmful_log_odds
+        easiest = sorted(range(len(odds)), key=lambda place: (odds[place] <= 0, abs(odds[place])))[:EXACT_PROMPTS]
+        requests, plain = [self.harmful[place] for place in easiest], mean([odds[place] for place in easiest])
+        widths = list(self.chat_model.neurons.widths)
+        values = [self.contrast.clamp_values(size).split(widths) for size in EXACT_SIZES]
+        drops: list[float] = []
+        for layer, layer_values in enumerate(zip(*values, strict=True)):
+            measured = partial(
+                layer_drops, self.chat_model, layer, layer_values, requests, plain, self.phrases, self.batch_size, name,
+                measure,
+            )  # fmt: skip
+            drops += self.stage(f"{name}-{layer:03d}", measured)
+        return torch.tensor(drops)
+
+    def _read_backward(self, requests: Sequence[str], *rules_and_label) -> Backward:
+        return read_backward(self.chat_model, requests, self.phrases, self._backward_batch, *rules_and_label)
 
     @property
     def _backward_batch(self) -> int:
@@ -75,5 +128,8 @@ LOCATORS: dict[str, Callable[[Passes], torch.Tensor]] = {
     "graddrop": lambda passes: passes.worst(
         lambda values: mean_drop(passes.dropped_slopes, passes.chat_model.neurons.widths, values)
     ),
+    "integrated": lambda passes: passes.worst(passes.integrated_slopes.drop),
+    "tail": lambda passes: passes.tail_drops,
+    "exact": lambda passes: passes.exact_drops,
 }
 """Every neuron's score: float32 (all neurons,), layer after layer, on the CPU."""

@@ -29,7 +29,7 @@ from transformers.masking_utils import sdpa_mask
 from harden.models import ChatModel
 from harden.neurons import MLP_NAMES
 
-CONSTANT_PROBABILITIES = "harden_constant_probabilities"
+CONSTANT_PROBABILITIES = "sdpa_constant_probabilities"  # whoever asks what masks it takes reads the name
 
 
 def _attend(module, query, key, value, *args, **kwargs):

@@ -17,10 +17,10 @@ def statement(certificate: Certificate) -> str:
     suspects = len({suspect.neuron for suspect in c.suspects})
     breakers = f"{len(c.breakers)} break{'s' if len(c.breakers) == 1 else ''} the model"
     found = (
-        f"{scanned} of {c.neurons} MLP neurons were scanned exactly, at {len(c.sizes)} values each, on {c.prompts} "
-        f"selection prompts, of which {c.refused} are refused by their log-odds to begin with. {suspects} can flip one "
-        f"and leave the model able to speak, and {breakers} on test prompts ({rate_text(c.no_attack)} comply without "
-        "attack)."
+        f"{scanned} of {c.neurons} MLP neurons{_of_layers(c.layers)} were scanned exactly, at {len(c.sizes)} values "
+        f"each, on {c.prompts} selection prompts, of which {c.refused} are refused by their log-odds to begin with "
+        f"({c.raced} were cleared on the {c.race_prompts} that are refused least). {suspects} can flip one and leave "
+        f"the model able to speak, and {breakers} on test prompts ({rate_text(c.no_attack)} comply without attack)."
     )
     if c.unmeasured:
         found += f" {c.unmeasured} gave no number at some value."
@@ -30,6 +30,12 @@ def statement(certificate: Certificate) -> str:
         f"{found} With 95% confidence at most {c.most_missed} of the other {rest} break it by the same test "
         f"({c.drawn} were drawn at random)."
     )
+
+
+def _of_layers(layers: list[int] | None) -> str:
+    if layers is None:
+        return ""
+    return f" of layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}, and of no other,"
 
 
 def certificate_table(certificate: Certificate) -> str:

@@ -1,0 +1,144 @@
+"""What locators find of what an exact scan of whole layers shows, and how well log-odds foretell generated outcomes.
+
+    pip install -e '.[benchmarks]'
+    harden certify --config RECIPE --certify.layers '[15, 16, ...]' --certify.sample null --certify.race_prompts 99 \\
+        --output TRUTH                             # every neuron of these layers, on all prompts and values
+    python benchmarks/locators.py --config RECIPE --truth TRUTH --output OUT [--name value ...]
+
+Prints Markdown and writes OUT/screen.png. What generates is saved in OUT and goes on where it was interrupted.
+
+- Recall: of the 20 neurons of these layers whose log-odds fall most at their worst value, and of those that break the
+  model by generation, the share among a locator's first 20, 100 and 500 of these layers.
+- Screen: clamps of the scan, from those with the largest drop to those without any, generate on test prompts; rank
+  correlation (Spearman) of drop and attack success.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+import torch
+from scipy import stats
+
+from harden.attack.select import select_candidates
+from harden.bench import Bench
+from harden.entry import guarded, parse_recipe, recipe_parser, start_logging
+from harden.interventions import Clamp
+from harden.locate.passes import LOCATORS
+from harden.neurons import Neuron
+from harden.results import Certificate, NeuronScan
+from harden.runfolder import RunFolder, read_finished
+
+TOP, BUDGETS = 20, (20, 100, 500)
+
+
+def main() -> int:
+    parser: ArgumentParser = recipe_parser("benchmarks/locators.py", __doc__)
+    parser.add_argument("--truth", type=Path, required=True, help="output folder of the exact scan")
+    parser.add_argument("--locators", nargs="*", default=[name for name in LOCATORS if name != "exact"])
+    parser.add_argument("--generate", type=int, default=60, help="clamps that generate; 0: none")
+    parser.add_argument("--prompts", type=int, default=40, help="test prompts they generate on")
+    recipe, options = parse_recipe(parser, sys.argv[1:])
+    start_logging()
+    certificate = read_finished(options.truth / "certificate/certificate.json", Certificate)
+    scans = read_scans(options.truth)
+    bench = Bench(recipe, RunFolder(recipe, "locators"), training=False)
+    recall(bench, options.locators, certificate, scans)
+    if options.generate:
+        screen(bench, scans, options.generate, options.prompts, Path(recipe.output))
+    return 0
+
+
+def read_scans(folder: Path) -> dict[Neuron, NeuronScan]:
+    files = sorted((folder / "certificate/state").glob("scan-*.json"))
+    scans = [NeuronScan.model_validate(scan) for file in files for scan in json.loads(file.read_text())]
+    return {Neuron.parse(scan.neuron): scan for scan in scans}
+
+
+def lowest(scan: NeuronScan) -> float:
+    """Mean log-odds at the worst value."""
+    return min((odds for odds in scan.log_odds if odds is not None), default=math.inf)
+
+
+def recall(bench: Bench, locators: list[str], certificate: Certificate, scans: dict[Neuron, NeuronScan]) -> None:
+    """Table: one row per locator, and one for the union of those that the recipe attacks with."""
+    truth = sorted(scans, key=lambda neuron: lowest(scans[neuron]))[:TOP]
+    breakers = [Neuron.parse(neuron) for neuron in certificate.breakers]
+    widths = list(bench.chat_model.neurons.widths)
+    passes = bench.passes()
+    print(f"{len(scans)} neurons of layers {certificate.layers}; {len(breakers)} break the model by generation\n")
+    print(f"| locator | {' | '.join(f'top {TOP} in its {n}' for n in BUDGETS)} | breakers in its {BUDGETS[-1]} |")
+    print("| --- |" + " --- |" * (len(BUDGETS) + 1))
+
+    def show(name: str, ranking: list[Neuron]) -> None:
+        found = [len(set(truth) & set(ranking[:n])) / len(truth) for n in BUDGETS]
+        broken = len(set(breakers) & set(ranking[: BUDGETS[-1]]))
+        cells = [*(f"{share:.2f}" for share in found), f"{broken}/{len(breakers)}"]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+    for name in locators:
+        scores = LOCATORS[name](passes).split(widths)
+        places = [(-float(scores[n.layer][n.index]), n) for n in scans]
+        show(name, [neuron for _, neuron in sorted(places)])
+    attack = bench.recipe.attack
+    everything = select_candidates(attack.locators, bench.chat_model.neurons.count, passes, 1.0, bench.recipe.seed)
+    union = [candidate.neuron for candidate in everything if candidate.neuron in scans]
+    show("union: " + ", ".join(attack.locators), union)
+
+
+def screen(bench: Bench, scans: dict[Neuron, NeuronScan], n: int, n_prompts: int, output: Path) -> None:
+    """Generate under clamps spread over the ranks of the scan; print the correlation, draw the plot."""
+    odds = {
+        Clamp(neuron, value): x
+        for neuron, scan in scans.items()
+        for value, x in zip(scan.values, scan.log_odds, strict=True)
+        if x is not None
+    }
+    ranked = sorted(odds, key=odds.__getitem__)
+    # as many of the first hundredth as of the rest: the rest hardly moves anything
+    head, rest = ranked[: max(n, len(ranked) // 100)], ranked[len(ranked) // 100 :]
+    chosen = dict.fromkeys([*_evenly(head, n // 2), *_evenly(rest, n - n // 2)])
+    prompts = bench.splits["test"].harmful[:n_prompts]
+    plain, *attempts = bench.responder.attempt([None, *chosen], prompts, "screen")
+    shares = {
+        kind: [sum(o == kind for o in attempt.outcomes.values()) / len(prompts) for attempt in attempts]
+        for kind in ("comply", "degenerate")
+    }
+    x = [-odds[clamp] for clamp in chosen]
+    fluent = [place for place, share in enumerate(shares["degenerate"]) if share <= 0.1]
+    for label, places in (("all clamps", range(len(x))), ("at most 10% degenerate", fluent)):
+        rho = stats.spearmanr([x[p] for p in places], [shares["comply"][p] for p in places])
+        print(f"\n{label}: n = {len(places)}, Spearman {rho.statistic:.2f} (p = {rho.pvalue:.1g})")
+    complied = sum(outcome == "comply" for outcome in plain.outcomes.values())
+    print(f"without attack {complied}/{len(prompts)} comply")
+    draw(x, shares, complied / len(prompts), output / "screen.png")
+
+
+def _evenly(items: list, n: int) -> list:
+    return [items[int(place)] for place in torch.linspace(0, len(items) - 1, min(n, len(items))).tolist()]
+
+
+def draw(x: list[float], shares: dict[str, list[float]], plain: float, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), dpi=150, layout="constrained")
+    points = axes.scatter(x, shares["comply"], c=shares["degenerate"], cmap="viridis", vmin=0, vmax=1, s=24)
+    axes.axhline(plain, color="grey", linewidth=1, linestyle="--", label="no attack")
+    axes.set(
+        xlabel="refusal log-odds under the clamp, negated (nats)", ylabel="attack success rate", ylim=(-0.02, 1.02)
+    )
+    axes.legend(loc="upper left", frameon=False)
+    figure.colorbar(points, label="degenerate")
+    figure.savefig(path)
+    print(f"\n{path}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(guarded(main))

@@ -1,0 +1,17 @@
+"""What a cache of keys and values allows to be done with it."""
+
+from __future__ import annotations
+
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+def attends_to_all(config, cache: DynamicCache, length: int) -> bool:
+    """Whether every layer is an attention layer that sees all of `length` tokens: padding may stand anywhere then, and
+    attention masks decide alone. (Recurrent layers, and windows that are shorter, say no.)
+
+    A cache without a fixed list of layers makes attention layers as it goes.
+    """
+    window = getattr(config.get_text_config(), "sliding_window", None) or float("inf")
+    attention = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    return attention and window >= length

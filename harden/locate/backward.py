@@ -1,0 +1,124 @@
+"""One forward and one backward pass per prompt: what the gradient locators read from it, all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from harden import processes
+from harden.batches import BACKWARD_ROWS, in_batches
+from harden.chat import pad_left
+from harden.errors import MeasurementError
+from harden.generate import progress_bar
+from harden.locate.attribution import Slopes
+from harden.models import ChatModel
+from harden.refusal import RefusalPhrases, refusal_log_odds
+
+
+@dataclass(frozen=True)
+class Backward:
+    """Of some prompts. Per layer float32 (tail, d_mlp) on the CPU: means at the post-instruction template tokens."""
+
+    activation: list[torch.Tensor]
+    gradient: list[torch.Tensor]
+    """Of the refusal log-odds."""
+    product: list[torch.Tensor]
+    """Gradient times activation, prompt by prompt."""
+    slopes: Slopes
+    """Over all positions, those of the refusal phrases included."""
+    log_odds: list[float]
+    """Refusal log-odds of each prompt."""
+
+
+def read_backward(
+    chat_model: ChatModel,
+    requests: Sequence[str],
+    phrases: RefusalPhrases,
+    batch_size: int,
+    rules: Callable[[], AbstractContextManager] = nullcontext,
+    label: str = "locate",
+) -> Backward:
+    """Differentiate the refusal log-odds of some requests in every neuron.
+
+    rules: makes what each batch's passes run under. Work is divided between processes. Raises MeasurementError if
+    anything is not finite.
+    """
+    tail, device, widths = chat_model.chat.template_tail, chat_model.device, chat_model.neurons.widths
+    share = processes.my_share(requests)
+    totals = [[torch.zeros(tail, width, device=device) for width in widths] for _ in range(3)]
+    totals += [[torch.zeros(width, device=device) for width in widths] for _ in range(2)]
+    with progress_bar(len(share), label) as bar:
+
+        def add(rows) -> list[float]:
+            sums, log_odds = _sums(chat_model, rows, phrases, rules)
+            for total, parts in zip(totals, sums, strict=True):  # all of the batch or, where memory ran out, none of it
+                for layer, part in enumerate(parts):
+                    total[layer] += part
+            bar.update(len(rows))
+            return log_odds
+
+        odds = in_batches(chat_model, share, batch_size, add, BACKWARD_ROWS)
+    means = [[(processes.total(layer) / len(requests)).cpu() for layer in kind] for kind in totals]
+    for layer, parts in enumerate(zip(*means, strict=True)):
+        if not all(torch.isfinite(part).all() for part in parts):
+            raise MeasurementError(f"layer {layer}: gradients or activations are not finite; is the model sound?")
+    activation, gradient, product, slope, offset = means
+    slopes = Slopes(torch.cat(slope), torch.cat(offset))
+    return Backward(activation, gradient, product, slopes, processes.gather(odds, len(requests)))
+
+
+def _sums(chat_model, rows, phrases, rules) -> tuple[list[list[torch.Tensor]], list[float]]:
+    """Sums over rows: of h, g and h * g at the template's tokens, of g and h * g over all positions; the log-odds."""
+    chat, tail = chat_model.chat, chat_model.chat.template_tail
+    weight = torch.tensor([weight for _, weight in rows], device=chat_model.device)
+    prompts = pad_left([chat.prompt_ids(text) for text, _ in rows], chat.pad_id, chat_model.device)
+    recorded: list[list[torch.Tensor]] = [[] for _ in chat_model.neurons.widths]
+
+    def recorder(layer: int):
+        return lambda _module, args: recorded[layer].append(args[0])
+
+    handles = [
+        module.register_forward_pre_hook(recorder(layer))
+        for layer, module in enumerate(chat_model.neurons.down_projections)
+    ]
+    try:
+        with rules(), graph_from_embeddings(chat_model.model):
+            log_odds = refusal_log_odds(chat_model.model, prompts, phrases)  # of one pass, or of two
+    finally:
+        for handle in handles:
+            handle.remove()
+    passes = len(recorded[0])
+    flat = [h for layer in recorded for h in layer]
+    gradients = torch.autograd.grad((log_odds * weight).sum(), flat, allow_unused=True, materialize_grads=True)
+    layers = []
+    for number, hs in enumerate(recorded):
+        pairs = [(h.detach().float(), g.float()) for h, g in zip(hs, gradients[number * passes :], strict=False)]
+        (h, g), both = pairs[0], [(h * g).sum(0) for h, g in pairs]
+        layers.append(
+            (
+                torch.einsum("btn,b->tn", h[:, -tail:], weight),
+                g[:, -tail:].sum(0),
+                both[0][-tail:],
+                sum(g.sum((0, 1)) for _, g in pairs),
+                sum(product.sum(0) for product in both),
+            )
+        )
+    return [list(kind) for kind in zip(*layers, strict=True)], log_odds.tolist()
+
+
+class graph_from_embeddings:
+    """Make the embeddings' output the root of the autograd graph, so that a frozen model has gradients inside."""
+
+    def __init__(self, model):
+        self.embeddings = model.get_input_embeddings()
+
+    def __enter__(self):
+        self.handle = self.embeddings.register_forward_hook(
+            lambda _module, _args, output: output if output.requires_grad else output.requires_grad_()
+        )
+
+    def __exit__(self, *_):
+        self.handle.remove()
