@@ -24,13 +24,14 @@ from importlib.metadata import version
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
-from harden import processes
+from harden import bundled, processes
 from harden.chat import Batch, pad_left
 from harden.effects import log_odds_under
 from harden.interventions import Clamp, intervene
 from harden.models import ChatModel, load_chat_model
-from harden.neurons import Neuron
+from harden.neurons import Neuron, find_neurons
 from harden.prompts import load_prompts
 from harden.recipe import Recipe
 from harden.refusal import RefusalPhrases
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--layers", type=int, default=6, help="evenly spaced")
-    parser.add_argument("--neurons", type=int, default=12, help="of each layer")
+    parser.add_argument("--neurons", type=int, default=24, help="of each layer")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--only", nargs="*", choices=("hooks", "TransformerLens", "nnsight"))
@@ -65,7 +66,8 @@ def main() -> None:
         return torch.tensor(log_odds_under(chat_model, these, texts, phrases, BATCH, "scan"))
 
     makers = {"hooks": hook_loop, "TransformerLens": transformer_lens, "nnsight": nnsight}
-    others = {name: makers[name](chat_model, batch, phrases) for name in options.only or makers}
+    # each has the model as transformers loads it
+    others = {name: makers[name](plain_copy(chat_model), batch, phrases) for name in options.only or makers}
     found = {name: torch.stack([way(clamp).cpu() for clamp in clamps[:3]]) for name, way in others.items()}  # warm up
     expected = scan(clamps)
     for name, odds in found.items():
@@ -106,6 +108,14 @@ def spread_clamps(chat_model: ChatModel, layers: int, neurons: int) -> list[Clam
     depth = len(chat_model.neurons.widths)
     chosen = [int((part + 0.5) * depth / layers) for part in range(layers)]
     return [Clamp(Neuron(layer, index), 20.0) for layer in chosen for index in range(neurons)]
+
+
+def plain_copy(chat_model: ChatModel) -> ChatModel:
+    model = AutoModelForCausalLM.from_pretrained(
+        bundled.resolve(chat_model.name), dtype=chat_model.model.dtype, attn_implementation="sdpa"
+    )
+    model = model.requires_grad_(False).eval().to(chat_model.device)
+    return ChatModel(chat_model.name, model, chat_model.tokenizer, chat_model.chat, find_neurons(model))
 
 
 def read_log_odds(logits: torch.Tensor, phrases: RefusalPhrases) -> torch.Tensor:

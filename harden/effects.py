@@ -2,7 +2,8 @@
 
 A clamp in layer l leaves everything below layer l as it is. What leaves each layer is recorded once, without a clamp,
 and a pass under clamps of layer l begins there: the layers below only hand the recorded residual stream on. The result
-is that of a full pass, up to rounding; the cost is the share of the layers from l upwards.
+is that of a full pass, up to rounding; the cost is the share of the layers from l upwards. Of the last layer's MLP only
+the positions whose logits are read are computed.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def under_clamps(
     for layer, places in by_layer.items():
 
         def run_part(part: Sequence[int], layer: int = layer) -> list[Result]:
-            with _starting_at(chat_model.neurons, layer, recorded):
+            with _starting_at(chat_model.neurons, layer, recorded), _last_mlp_where_it_is_read(chat_model):
                 found = run([(clamps[place],) for place in part])
             done(len(part))
             return found
@@ -161,3 +162,37 @@ def _starting_at(neurons: MlpNeurons, layer: int, recorded: list[list[LayerOutpu
             del module.forward
             if forward is not None:
                 module.forward = forward
+
+
+@contextmanager
+def _last_mlp_where_it_is_read(chat_model: ChatModel) -> Iterator[None]:
+    """Inside, the last MLP puts out zeros at positions whose logits are not asked for: nothing else reads them."""
+    down = chat_model.neurons.down_projections[-1]
+    mlp = next((w for w in chat_model.neurons.blocks[-1].writers if any(m is down for m in w.modules())), None)
+    if mlp is None:
+        yield
+        return
+    compute, asked = mlp.forward, 0  # 0: all positions
+
+    def note(_module, _args, kwargs):
+        nonlocal asked
+        asked = kwargs.get("logits_to_keep", 0)
+
+    def forward(x, *args, **kwargs):
+        if not asked or x.dim() != 3 or x.shape[1] <= asked:
+            return compute(x, *args, **kwargs)
+        return torch.nn.functional.pad(
+            compute(x[:, -asked:].contiguous(), *args, **kwargs), (0, 0, x.shape[1] - asked, 0)
+        )
+
+    had_its_own = "forward" in mlp.__dict__
+    handle = chat_model.model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        mlp.forward = forward
+        yield
+    finally:
+        handle.remove()
+        if had_its_own:
+            mlp.forward = compute
+        else:
+            del mlp.forward

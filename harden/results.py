@@ -261,7 +261,8 @@ class Suspect(Record):
     degenerate: Rate
     unjudged: Rate
     flipped: Rate
-    """Of the test prompts that do not comply without attack, those that comply or are left unjudged under the clamp."""
+    """Of the test prompts that do not comply without attack, those that comply or are left unjudged under the clamp;
+    over fewer prompts where the first ones all held."""
     breaks: bool
     """Whether `flipped` is above the tolerance."""
 

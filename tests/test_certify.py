@@ -91,8 +91,8 @@ def test_a_scan_goes_on_where_it_was_interrupted(setup, certificate, monkeypatch
         certify(recipe)
     monkeypatch.setattr(run, "log_odds_under", lambda *a: (scanned.append((len(a[1]), len(a[2]))), real(*a))[1])
     resumed = certify(recipe)
-    # no attack; 16, 16 and 4 neurons at two values on two prompts, and the planted one on two more
-    assert sorted(scanned) == [(1, 4), (2, 2), (8, 2), (32, 2), (32, 2)]
+    # no attack, also on the test prompts; 16, 16 and 4 neurons at two values on two prompts, the planted one on all
+    assert sorted(scanned) == [(1, 4), (1, 10), (2, 2), (8, 2), (32, 2), (32, 2)]
     assert resumed.model_copy(update={"seconds": 0}) == certificate.model_copy(update={"seconds": 0})
     monkeypatch.setattr(run, "log_odds_under", lambda *a: pytest.fail("complete already"))
     assert certify(recipe) == resumed
@@ -241,3 +241,15 @@ def test_the_command_prints_the_statement(setup, certificate, capsys):
     assert "5 of 96 MLP neurons were scanned" in printed and "3 were drawn at random" in printed
     assert main(["--config", str(recipe), *options, "--sample", "none"]) == 2
     assert "certify.sample" in capsys.readouterr().err
+
+
+def test_a_suspect_that_flips_none_of_the_easiest_test_prompts_meets_no_others(setup, monkeypatch):
+    """Every scanned clamp is made a suspect; all but the planted neuron's are dropped after two prompts."""
+    monkeypatch.setattr(
+        run, "_suspects", lambda _bench, scans: [(s.neuron, min(s.values), 1) for s in scans[:3]] + [("1:17", -79.0, 4)]
+    )
+    found = certify(recipe_for(setup, "confirm-race", confirm_first=2))
+    by_neuron = {s.neuron: s for s in found.suspects}
+    assert by_neuron["1:17"].breaks and by_neuron["1:17"].comply.n == 10
+    assert {s.flipped.n for s in found.suspects if s.neuron != "1:17"} == {2} and len(by_neuron) == 4
+    assert found.breakers == ["1:17"]

@@ -168,3 +168,19 @@ def test_a_batch_of_clamps_that_does_not_fit_into_memory_is_halved():
     assert torch.allclose(torch.tensor(found), torch.tensor(expected), atol=2e-3)
     assert sizes == [1, 5, 2, 1, 1, 1, 1, 1] and sum(done) == 5
     assert chat_model.largest_batch == 3  # rows: a clamp has three
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_last_mlp_computes_only_what_is_read(kind):
+    chat_model = tiny_chat_model(kind)
+    run, phrases = runner(chat_model, PROMPTS)
+    seen = []
+    hook = chat_model.neurons.down_projections[-1].register_forward_pre_hook(
+        lambda _m, args: seen.append(args[0].shape[1])
+    )
+    found = under_clamps(chat_model, CLAMPS[:2], 2, 1, run, lambda _n: None)
+    n_phrases = len(phrases.nodes) - 1
+    assert seen[-6:] == [1, 1, n_phrases] * 2  # head, prompts, phrases
+    hook.remove()
+    assert found[0] == pytest.approx(run([(CLAMPS[0],)])[0], abs=2e-3)
+    assert "forward" not in {name for m in chat_model.model.modules() for name in m.__dict__}

@@ -254,14 +254,14 @@ def test_exact_drops_are_the_larger_of_both_signs_and_kept_layer_by_layer():
     drops = passes.exact_drops
     assert list(kept) == ["exact-000", "exact-001", "exact-002"] and sum(map(len, kept.values())) == len(drops)
     odds = passes.scores.harmful_log_odds
-    easiest = sorted(REQUESTS, key=lambda text: abs(odds[REQUESTS.index(text)]))[:2]
+    easiest = sorted(REQUESTS, key=lambda text: abs(odds[REQUESTS.index(text)]))[:1]
     assert len({odd > 0 for odd in odds}) == 1  # or the order would count refused ones first
     column = 100
     neuron = neuron_at(passes.chat_model, column)
     values = [float(passes.contrast.clamp_values(size)[column]) for size in (-16.0, 16.0)]
     rows = log_odds_under(passes.chat_model, [Clamp(neuron, v) for v in values], easiest, passes.phrases, 4, "")
-    plain = sum(odds[REQUESTS.index(text)] for text in easiest) / 2
-    assert drops[column].item() == pytest.approx(max(plain - sum(row) / 2 for row in rows), abs=1e-3)
+    plain = odds[REQUESTS.index(easiest[0])]
+    assert drops[column].item() == pytest.approx(max(plain - row[0] for row in rows), abs=1e-3)
     passes.stage = lambda name, make: kept[name]
     del passes.exact_drops
     assert (passes.exact_drops == drops).all()

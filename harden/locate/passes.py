@@ -26,7 +26,7 @@ from harden.refusal import RefusalPhrases
 SIZES = (-8.0, 8.0)
 # What `tail` and `exact`, which pay for every size and prompt, measure a neuron with. Larger sizes: they see overshoot.
 EXACT_SIZES = (-16.0, 16.0)
-EXACT_PROMPTS = 2  # those that are most easily talked out of refusing
+EXACT_PROMPTS = 1  # the one that is most easily talked out of refusing: docs/certify.md says what more would find
 
 Stage = Callable[[str, Callable[[], list[float]]], list[float]]
 """Gives what was saved under a name, or makes it and saves it."""
