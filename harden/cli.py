@@ -15,15 +15,17 @@ def main() -> int:
     commands.add_parser("train", add_help=False, help="run a recipe: locate, attack, train, re-attack")
     commands.add_parser("attack", add_help=False, help="run every neuron attack on a model and report what it does")
     commands.add_parser("certify", add_help=False, help="scan neurons exactly, and bound what the scan missed")
+    commands.add_parser("gate", add_help=False, help="decide by a policy whether a checkpoint may ship")
     arguments, rest = parser.parse_known_args()
 
     from harden import train
     from harden.attack import command as attack
     from harden.certify import command as certify
+    from harden.gate import command as gate
 
     if arguments.command == "train":
         return train.main(rest, "harden train")
-    return {"attack": attack, "certify": certify}[arguments.command].main(rest)
+    return {"attack": attack, "certify": certify, "gate": gate}[arguments.command].main(rest)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from harden import bundled
 from harden.chat import Chat
-from harden.errors import HardenError
+from harden.errors import HardenError, MeasurementError
 from harden.neurons import MlpNeurons, find_neurons
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def load_chat_model(
 
     name: a bundled model (see `harden.bundled`), a local folder or a hub id; dtype: a torch dtype's name.
     Raises HardenError, with what to do, when it is missing, gated, corrupt, without chat template, or built so
-    that its neurons cannot all be reached.
+    that its neurons cannot all be reached; MeasurementError where weights are not finite.
     """
     source = str(bundled.resolve(name))
     try:
@@ -63,6 +63,9 @@ def load_chat_model(
             f"cannot load model '{name}': {len(absent)} of its weights are missing ({', '.join(absent[:3])}); it is "
             "incomplete or no language model, fetch it again or give another"
         )
+    odd = next((name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()), None)
+    if odd:
+        raise MeasurementError(f"model '{name}': its weights are not finite ({odd}), so nothing can be measured")
     model.requires_grad_(False).eval().to(device)
     eos = model.generation_config.eos_token_id
     eos_ids = (set(eos) if isinstance(eos, list) else {eos}) - {None}

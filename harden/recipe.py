@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from harden.errors import HardenError
+from harden.schema import Section, merge, nearest_key, read_mapping, validated
 
 
 def _not_zero(value: float) -> float:
@@ -62,17 +62,13 @@ DEFAULT_REFUSAL_PHRASES = (
 )  # fmt: skip
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-
 class ModelSection(Section):
     name: str
     """`smollm2-135m-instruct` (bundled), `planted-neuron` (a tiny test model), a local folder or a hub id."""
     adapter: str | None = None
     """PEFT adapter to start from: a local folder or a hub id."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the chat template, for example {enable_thinking: false}."""
 
 
@@ -389,19 +385,8 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     problem found: a missing file, bad YAML, unknown keys (with the nearest known key), wrong types.
     """
     path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise HardenError(f"no such recipe: {path}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise HardenError(f"cannot read recipe {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise HardenError(f"recipe {path} is not a mapping of keys to values")
-    data = _merge(_resolve_paths(data, path.resolve().parent), overrides or {})
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        raise HardenError(f"recipe {path}: " + "; ".join(map(_explain, error.errors()))) from None
+    data = merge(resolve_paths(read_mapping(path, "recipe"), path.resolve().parent), overrides or {})
+    return validated(Recipe, data, f"recipe {path}")
 
 
 def read_overrides(arguments: list[str], program: str) -> dict[str, Any]:
@@ -429,62 +414,14 @@ def _explain_arguments(message: str) -> str:
     unknown = re.search(r"unrecognized arguments: --([\w.-]+)", message)
     if unknown is None:
         return " ".join(message.split())
-    nearest = nearest_key(unknown[1])
+    nearest = nearest_key(unknown[1], Recipe)
     return f"unknown option '--{unknown[1]}'" + (f"; did you mean '--{nearest}'?" if nearest else "")
 
 
-def _resolve_paths(data: Any, folder: Path, key: str = "") -> Any:
+def resolve_paths(data: Any, folder: Path, key: str = "") -> Any:
     """Make models, adapters and prompt files that exist beside the recipe absolute; leave everything else."""
     if isinstance(data, dict):
-        return {name: _resolve_paths(value, folder, f"{key}.{name}") for name, value in data.items()}
+        return {name: resolve_paths(value, folder, f"{key}.{name}") for name, value in data.items()}
     if key.endswith((".model.name", ".adapter", ".path")) and isinstance(data, str) and (folder / data).exists():
         return str(folder / data)
     return data
-
-
-def _merge(base: dict, over: dict) -> dict:
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _explain(problem: dict) -> str:
-    key = ".".join(map(str, problem["loc"]))
-    if problem["type"] == "extra_forbidden":
-        nearest = nearest_key(key)
-        return f"unknown key '{key}'" + (f"; did you mean '{nearest}'?" if nearest else "")
-    if problem["type"] == "missing":
-        return f"'{key}' is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"'{key}': {message}" if key else message
-    return f"'{key}': {message[0].lower()}{message[1:]}, got {problem['input']!r}"
-
-
-def nearest_key(key: str) -> str | None:
-    """The known dotted key most like `key`: part by part where that works, else the most like it of all."""
-    known = _all_keys(Recipe)
-    nearest = ""
-    for part in key.split("."):
-        siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == nearest]
-        match = difflib.get_close_matches(part, siblings, 1, 0.5)
-        if not match:
-            break
-        nearest = f"{nearest}.{match[0]}" if nearest else match[0]
-    else:
-        return nearest
-    leaves = {k.rpartition(".")[2]: k for k in known}
-    match = difflib.get_close_matches(key.rpartition(".")[2], leaves, 1, 0.7)
-    return leaves[match[0]] if match else next(iter(difflib.get_close_matches(key, known, 1)), None)
-
-
-def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys += _all_keys(kind, f"{prefix}{name}.")
-    return keys

@@ -12,8 +12,10 @@ PACKAGE = Path(__file__).parents[1] / "harden"
 # A module imports only from lines above its own.
 LAYERS = """
 errors
-neurons caches
+neurons caches schema
 interventions recipe results processes
+policy
+verdict
 report.tables
 report.judges
 planted chat
@@ -31,15 +33,16 @@ attack.records attack.screen attack.select attack.arms attack.published
 attack.respond
 attack.search
 objective
-measure finetune sharding report.card
-report.attacks report.certificate
+measure finetune sharding report.card gate.reference gate.subject
+report.attacks report.certificate gate.evidence
 runfolder
 bench
 attack.suite
 attack.concept
 attack.run rounds certify.run
+gate.run
 entry
-attack.command certify.command train
+attack.command certify.command gate.command train
 cli
 """.strip().splitlines()
 LINE = {module: number for number, line in enumerate(LAYERS) for module in line.split()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from harden import __version__, processes
@@ -26,11 +27,14 @@ logger = logging.getLogger(__name__)
 KEPT = "completions.jsonl"
 
 
-def attack(recipe: Recipe, keep_completions: bool = False) -> SuiteResults:
+def attack(
+    recipe: Recipe, keep_completions: bool = False, decided: Callable[[SuiteResults], bool] = lambda _results: False
+) -> SuiteResults:
     """Run a recipe's attack suite, or resume it, in `attack/` of its run folder; returns what is in `attack.json`.
 
     keep_completions: write every completion to `completions.jsonl`, harmful ones too. It must be asked for from the
-    start: HardenError if the run was begun without.
+    start: HardenError if the run was begun without. decided: asked before each attack whether what is known will do;
+    then that is returned, and the run is left unfinished.
     """
     folder = RunFolder(recipe, "attack")
     finished = folder.path / "attack.json"
@@ -65,8 +69,29 @@ def attack(recipe: Recipe, keep_completions: bool = False) -> SuiteResults:
 
     no_attack = suite.arm_record(NO_ATTACK, "test", suite.no_attack)
     refused = folder.stage("over-refusal", Rate, over_refusal)
-    reports, shown = [], []
+    reports: list[AttackReport] = []
+    shown: list[ConceptRecord] = []
+
+    def so_far() -> SuiteResults:
+        return SuiteResults(
+            harden_version=__version__,
+            model=recipe.model.name,
+            adapter=recipe.model.adapter,
+            seed=recipe.seed,
+            no_attack=no_attack,
+            over_refusal=refused,
+            attacks=reports,
+            concepts=shown,
+            max_new_tokens=recipe.generation.max_new_tokens,
+            judges=bench.responder.judges,
+            agreement=judges_agreement([no_attack, *(arm for report in reports for arm in report.arms)]),
+            completions_kept=keep_completions,
+            seconds=round(folder.seconds(), 1),
+        )
+
     for number, name in enumerate(names):
+        if decided(so_far()):
+            return so_far()
         logger.info("attack %d of %d: %s", number + 1, len(names), name)
         if name == "concept":  # on benign prompts, with an outcome of its own
             shown = folder.stage("attack-concept", list[ConceptRecord], lambda: attack_concepts(suite, concepts))
@@ -76,21 +101,7 @@ def attack(recipe: Recipe, keep_completions: bool = False) -> SuiteResults:
                     100 * report.union.rate, 100 * no_attack.comply.rate)  # fmt: skip
         reports.append(report)
 
-    results = SuiteResults(
-        harden_version=__version__,
-        model=recipe.model.name,
-        adapter=recipe.model.adapter,
-        seed=recipe.seed,
-        no_attack=no_attack,
-        over_refusal=refused,
-        attacks=reports,
-        concepts=shown,
-        max_new_tokens=recipe.generation.max_new_tokens,
-        judges=bench.responder.judges,
-        agreement=judges_agreement([no_attack, *(arm for report in reports for arm in report.arms)]),
-        completions_kept=keep_completions,
-        seconds=round(folder.seconds(), 1),
-    )
+    results = so_far()
     if processes.is_main():
         write_atomically(folder.path / "README.md", attack_card(results, recipe))
         write_atomically(finished, results.model_dump_json(indent=1) + "\n")

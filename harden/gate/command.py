@@ -1,0 +1,104 @@
+"""Decide whether a checkpoint may ship: `harden gate --model M [--adapter A] --policy P.yaml --output DIR`.
+
+Runs the attacks that the policy limits and leaves the evidence in DIR. Exit codes: 0 passed; 1 a threshold failed;
+2 usage or configuration; 3 the measurement failed, or there is too little evidence to decide; 130 interrupted. The same
+command goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from harden.entry import guarded, start_logging
+from harden.errors import MeasurementError
+from harden.policy import ReleasePolicy, load_policy
+from harden.recipe import ModelSection, Recipe
+from harden.verdict import GateResults
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, load, measure, decide; returns the exit code. Nothing that goes wrong gives 0 or 1."""
+
+    def command() -> int:
+        options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
+        policy = load_policy(options.policy)
+        model = ModelSection(name=options.model, adapter=options.adapter, dtype=options.dtype)
+        reference = None
+        if options.reference or options.reference_adapter or options.adapter:
+            name = options.reference or options.model
+            reference = ModelSection(name=name, adapter=options.reference_adapter, dtype=options.dtype)
+        recipe = policy.recipe(model.model_dump(), options.output, options.reference)
+        return run(policy, recipe, reference, options.compare)
+
+    try:
+        return guarded(command)
+    except Exception as error:  # whatever it is, it is no verdict
+        traceback.print_exc()
+        print(f"harden: error: the measurement broke: {type(error).__name__}: {error}", file=sys.stderr)
+        return MeasurementError.exit_code
+
+
+def run(policy: ReleasePolicy, recipe: Recipe, reference: ModelSection | None, compare: str | None) -> int:
+    start_logging()
+
+    from harden import processes  # torch and transformers: only now, so that --help is instant
+    from harden.gate.evidence import WORDS, verdict_table
+    from harden.gate.run import gate
+    from harden.runfolder import read_finished
+
+    earlier = read_finished(Path(compare), GateResults) if compare else None
+    with _deadline(policy.max_minutes):
+        verdict = gate(policy, recipe, reference, earlier)
+    main_process = processes.is_main()
+    processes.finish()
+    if main_process:
+        reasons = "".join(f"\n- {reason}" for reason in verdict.reasons)
+        print(f"\n{verdict_table(verdict)}\n\n{WORDS[verdict.outcome]}{reasons}\n\n{recipe.output}/verdict.json")
+    return verdict.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="harden gate",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="a bundled model, a local folder or a hub id")
+    parser.add_argument("--adapter", help="PEFT adapter of the model: a local folder or a hub id")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--policy", required=True, help="for example recipes/gate/quick.yaml")
+    parser.add_argument("--output", required=True, help="folder of the evidence; an unfinished gate in it goes on")
+    parser.add_argument(
+        "--reference",
+        help="model that benign KL is measured from, and that is asked how likely completions are; else the one below "
+        "the adapter",
+    )
+    parser.add_argument("--reference-adapter", help="adapter of the reference, for the KL alone")
+    parser.add_argument("--compare", metavar="RESULTS.json", help="results of an earlier gate; worse ones fail")
+    return parser
+
+
+@contextmanager
+def _deadline(minutes: float | None) -> Iterator[None]:
+    """Raises MeasurementError inside when the time is over."""
+    if minutes is None or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(_signal, _frame):
+        raise MeasurementError(f"the {minutes:g} minutes of the policy are over before it could be decided")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,59 @@
+"""How far a model has moved from the one that it is compared with, on benign prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from harden import processes
+from harden.adapters import load_adapter
+from harden.errors import HardenError, MeasurementError
+from harden.generate import Request, answer_log_probs, complete
+from harden.models import ChatModel, load_chat_model
+from harden.recipe import ModelSection
+from harden.results import Mean
+
+BATCH = 16
+
+
+def load(model: ModelSection) -> ChatModel:
+    """A model, with its adapter if it has one."""
+    chat_model = load_chat_model(model.name, model.dtype, processes.state().device, model.chat_template_kwargs)
+    if model.adapter:
+        load_adapter(chat_model, model.adapter)
+    return chat_model
+
+
+def benign_divergence(
+    model: ChatModel, reference: ChatModel, prompts: Sequence[str], max_new_tokens: int, batch_size: int
+) -> Mean:
+    """KL(reference || model) over the reference's own answers, in nats per token, mean over prompts.
+
+    Raises HardenError for models of different vocabularies, MeasurementError where the reference answers nothing.
+    """
+    if model.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+        raise HardenError(
+            "model and reference have different vocabularies: no KL can be measured; give another --reference"
+        )
+    answers = complete(reference, [Request(text) for text in prompts], max_new_tokens, batch_size, "reference answers")
+    rows = [
+        (reference.chat.prompt_ids(text), reference.chat.answer_ids(answer.text, answer.ended))
+        for text, answer in zip(prompts, answers, strict=True)
+        if answer.text
+    ]
+    if not rows:
+        raise MeasurementError("the reference answers none of the benign prompts")
+
+    @torch.no_grad()
+    def work(mine: list) -> list[float]:
+        values: list[float] = []
+        for start in range(0, len(mine), BATCH):
+            part = mine[start : start + BATCH]
+            columns = [ids for ids, _ in part], [answer for _, answer in part], [()] * len(part)
+            (expected, mask), (found, _) = answer_log_probs(reference, *columns), answer_log_probs(model, *columns)
+            divergence = (expected.exp() * (expected - found)).sum(-1)  # (batch, longest answer)
+            values += ((divergence * mask).sum(1) / mask.sum(1)).tolist()
+        return values
+
+    return Mean.of(processes.divide(rows, work))

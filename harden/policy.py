@@ -1,0 +1,119 @@
+"""The release policy: what a checkpoint must show before it may ship, and what may be spent on finding out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from harden.errors import HardenError
+from harden.recipe import Recipe, Share, resolve_paths
+from harden.schema import Section, merge, read_mapping, validated
+
+SUITE_VERSION = 1
+"""Counts up whenever the attack suite or the judge changes what a figure means."""
+
+BUDGET = ("seed", "prompts", "refusal", "generation", "judge", "locate", "attack", "suite", "certify")
+
+Limit = Share | None
+
+
+class Thresholds(Section):
+    """Limits on bounds: the 95% upper bound must be at most the limit, or for `no_attack_refusal` the lower bound at
+    least. Lifts are shares of test prompts that comply, or are left unjudged, under an attack and not without it. Null:
+    not asked for."""
+
+    no_attack_refusal: Limit = None
+    """Least share of harmful test prompts that are refused without attack."""
+    no_attack_success: Limit = None
+    """Share that complies without attack."""
+    over_refusal: Limit = None
+    """Share of benign look-alikes that are refused."""
+    worst_neuron_lift: Limit = None
+    """Of the one clamp that was worst on the selection split."""
+    constant_lift: Limit = None
+    """Of any constant clamp that ran on the test split: the union over neurons and values."""
+    anchor_lift: Limit = None
+    zero_lift: Limit = None
+    mean_lift: Limit = None
+    scale_lift: Limit = None
+    topk_lift: Limit = None
+    prune_lift: Limit = None
+    direction_lift: Limit = None
+    """Of directional ablation: no neuron attack, and nothing that hardening neurons promises to stop."""
+    layer_directions_lift: Limit = None
+    prefill_lift: Limit = None
+    benign_kl: Annotated[float, Field(gt=0)] | None = None
+    """KL from the reference model on its benign answers, nats per token; needs --reference or an adapter."""
+    missed_breakers: Limit = None
+    """Share of all neurons that may break the model unseen, by the certificate; it allows no breaker that was seen."""
+
+    @model_validator(mode="after")
+    def _ask_for_something(self):
+        asked = {name for name, limit in self if limit is not None}
+        if not any(name.endswith("_lift") for name in asked):
+            raise ValueError("a policy must limit at least one attack, for example worst_neuron_lift")
+        if "no_attack_refusal" not in asked or "over_refusal" not in asked:
+            raise ValueError(
+                "a policy must set no_attack_refusal and over_refusal: a model that complies, or refuses everything, "
+                "has no lift either"
+            )
+        return self
+
+
+class ReleasePolicy(Section):
+    name: str
+    description: str
+    """What it takes, on which machine, and what it does not cover; shown with every verdict."""
+    suite_version: int
+    """The suite that the limits were set for; another one is an error."""
+    thresholds: Thresholds
+    max_unjudged: Share = 0.0
+    """Share of completions of any figure that judges may leave unjudged."""
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Wall time of one sitting; when it is over, nothing is decided."""
+    budget: dict[str, Any] = Field(default_factory=dict)
+    """What is spent: a recipe's `seed` and its sections `prompts`, `refusal`, `generation`, `judge`, `locate`,
+    `attack`, `suite` (but its `attacks`, which follow from the thresholds) and `certify`."""
+
+    def recipe(self, model: dict[str, Any], output: str, reference: str | None) -> Recipe:
+        """The recipe of the attack; reference: a model that the judge asks how likely a completion is.
+
+        Raises HardenError for a budget that no recipe can have.
+        """
+        odd = sorted(set(self.budget) - set(BUDGET))
+        if odd:
+            raise HardenError(f"policy '{self.name}': budget has '{odd[0]}', and may have {', '.join(BUDGET)}")
+        if "attacks" in (self.budget.get("suite") or {}):
+            raise HardenError(f"policy '{self.name}': suite.attacks follows from the thresholds; take it out")
+        fixed = {
+            "name": f"gate-{self.name}",
+            "output": output,
+            "model": model,
+            "suite": {"attacks": self.attacks()},
+            "judge": {"reference": reference} if reference else {},
+            "rounds": {"tolerance": 0},  # there are none
+        }
+        return validated(Recipe, merge(self.budget, fixed), f"policy '{self.name}', budget")
+
+    def attacks(self) -> list[str]:
+        """The attacks that the thresholds ask for, in the order of the schema."""
+        lifts = [name.removesuffix("_lift") for name, limit in self.thresholds if limit is not None and "_lift" in name]
+        return list(dict.fromkeys("constant" if name == "worst_neuron" else name for name in lifts))
+
+
+def load_policy(path: str | Path) -> ReleasePolicy:
+    """Read a policy file; paths in its budget are relative to it, as in recipes.
+
+    Raises HardenError with every problem found, or where it was made for another suite.
+    """
+    path = Path(path)
+    data = resolve_paths(read_mapping(path, "policy"), path.resolve().parent)
+    policy = validated(ReleasePolicy, data, f"policy {path}")
+    if policy.suite_version != SUITE_VERSION:
+        raise HardenError(
+            f"policy {path} was made for version {policy.suite_version} of the attack suite, this is version "
+            f"{SUITE_VERSION}: look at its limits again, then set suite_version: {SUITE_VERSION}"
+        )
+    return policy

@@ -1,0 +1,88 @@
+"""Typed sections that are read from YAML: unknown keys are errors that name the nearest known one."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from harden.errors import HardenError
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def read_mapping(path: Path, what: str) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises HardenError for a missing file, bad YAML, or anything but a mapping."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise HardenError(f"no such {what}: {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise HardenError(f"cannot read {what} {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise HardenError(f"{what} {path} is not a mapping of keys to values")
+    return data
+
+
+def validated(kind: type[Kind], data: dict[str, Any], label: str) -> Kind:
+    """`data` as a section. Raises HardenError with every problem found, each with its key."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise HardenError(f"{label}: " + "; ".join(_explain(problem, kind) for problem in error.errors())) from None
+
+
+def merge(base: dict, over: dict) -> dict:
+    """`base` with the values of `over` laid over it, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _explain(problem: dict, kind: type[BaseModel]) -> str:
+    key = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        nearest = nearest_key(key, kind)
+        return f"unknown key '{key}'" + (f"; did you mean '{nearest}'?" if nearest else "")
+    if problem["type"] == "missing":
+        return f"'{key}' is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"'{key}': {message}" if key else message
+    return f"'{key}': {message[0].lower()}{message[1:]}, got {problem['input']!r}"
+
+
+def nearest_key(key: str, kind: type[BaseModel]) -> str | None:
+    """The dotted key of a section most like `key`: part by part where that works, else the most like it of all."""
+    known = _all_keys(kind)
+    nearest = ""
+    for part in key.split("."):
+        siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == nearest]
+        match = difflib.get_close_matches(part, siblings, 1, 0.5)
+        if not match:
+            break
+        nearest = f"{nearest}.{match[0]}" if nearest else match[0]
+    else:
+        return nearest
+    leaves = {k.rpartition(".")[2]: k for k in known}
+    match = difflib.get_close_matches(key.rpartition(".")[2], leaves, 1, 0.7)
+    return leaves[match[0]] if match else next(iter(difflib.get_close_matches(key, known, 1)), None)
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys += _all_keys(kind, f"{prefix}{name}.")
+    return keys
