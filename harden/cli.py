@@ -16,16 +16,18 @@ def main() -> int:
     commands.add_parser("attack", add_help=False, help="run every neuron attack on a model and report what it does")
     commands.add_parser("certify", add_help=False, help="scan neurons exactly, and bound what the scan missed")
     commands.add_parser("gate", add_help=False, help="decide by a policy whether a checkpoint may ship")
+    commands.add_parser("verify", add_help=False, help="check that a gate's evidence and a model belong together")
     arguments, rest = parser.parse_known_args()
 
     from harden import train
     from harden.attack import command as attack
     from harden.certify import command as certify
     from harden.gate import command as gate
+    from harden.gate import verify
 
     if arguments.command == "train":
         return train.main(rest, "harden train")
-    return {"attack": attack, "certify": certify, "gate": gate}[arguments.command].main(rest)
+    return {"attack": attack, "certify": certify, "gate": gate, "verify": verify}[arguments.command].main(rest)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The gate on the planted model: no broken situation may give a green light."""
 
 import errno
+import hashlib
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from harden.errors import MeasurementError
-from harden.gate import command, run
+from harden.gate import command, run, verify
 from harden.gate.command import main
 from harden.planted import save_planted_model
 from harden.policy import load_policy
@@ -337,3 +338,80 @@ def test_options_are_explained_without_loading_anything(capsys):
     with pytest.raises(SystemExit) as done:
         main(["--model", "m"])
     assert done.value.code == 2 and command.MeasurementError.exit_code == 3
+
+
+# -- verify ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gated(tried, model, tmp_path):
+    """A finished gate of a copy of the model."""
+    copy = edited(model, tmp_path, lambda _folder: None)
+    assert tried(model=copy)[0] == 0
+    return tmp_path / "out", copy
+
+
+def verified(out, model, capsys):
+    code = verify.main([str(out), "--model", model])
+    return code, capsys.readouterr()
+
+
+def test_evidence_and_model_that_belong_together(gated, capsys):
+    code, printed = verified(*gated, capsys)
+    assert code == 0 and "belong together" in printed.out
+    content = json.loads((gated[0] / "attestation.json").read_text())
+    assert content["_type"] == "https://in-toto.io/Statement/v1" and content["predicate"]["result"] == "PASSED"
+    assert all(re.fullmatch("[0-9a-f]{64}", entry["digest"]["sha256"]) for entry in content["subject"])
+    assert "model/model.safetensors" in {entry["name"] for entry in content["subject"]}
+
+
+def test_a_model_that_was_edited_after_the_gate(gated, tmp_path, capsys):
+    weights(lambda tensors: tensors["model.norm.weight"].mul_(1.01))(tmp_path / "edited")
+    code, printed = verified(*gated, capsys)
+    assert code == 1 and "model/model.safetensors has changed" in printed.err
+
+
+@pytest.mark.parametrize("change", ["added", "removed"])
+def test_a_model_with_other_files(gated, tmp_path, capsys, change):
+    path = tmp_path / "edited" / ("extra.py" if change == "added" else "generation_config.json")
+    path.write_text("x") if change == "added" else path.unlink()
+    code, printed = verified(*gated, capsys)
+    assert code == 1 and f"{path.name} is {'new' if change == 'added' else 'missing'}" in printed.err
+
+
+@pytest.mark.parametrize(
+    "name", ["results.json", "verdict.json", "samples.jsonl", "junit.xml", "policy.json", "README.md"]
+)
+def test_evidence_that_was_edited(gated, capsys, name):
+    path = gated[0] / name
+    path.write_text(path.read_text().replace("e", "E", 1))
+    code, printed = verified(*gated, capsys)
+    assert code == 1 and f"{name} has changed" in printed.err
+    path.unlink()
+    assert verified(*gated, capsys)[0] == 1
+
+
+def test_a_verdict_that_does_not_follow_from_the_records(gated, capsys):
+    """Whoever edits the records can mend the digests too."""
+    out, model = gated
+    results = json.loads((out / "results.json").read_text())
+    results["suite"]["over_refusal"].update(count=40, rate=1.0, low=0.9, high=1.0)
+    text = json.dumps(results)
+    (out / "results.json").write_text(text)
+    content = json.loads((out / "attestation.json").read_text())
+    entry = next(e for e in content["predicate"]["configuration"] if e["name"] == "results.json")
+    entry["digest"]["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (out / "attestation.json").write_text(json.dumps(content))
+    code, printed = verified(out, model, capsys)
+    assert code == 1 and "does not follow from results.json" in printed.err
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{"])
+def test_an_attestation_that_is_none(gated, capsys, text):
+    (gated[0] / "attestation.json").write_text(text)
+    assert verified(*gated, capsys)[0] in (1, 2)
+
+
+def test_a_folder_without_a_gate(model, tmp_path, capsys):
+    assert verified(tmp_path, str(model), capsys)[0] == 2
+    assert verified(tmp_path, "none/none", capsys)[0] == 2

@@ -35,6 +35,7 @@ attack.search
 objective
 measure finetune sharding report.card gate.reference gate.subject
 report.attacks report.certificate gate.evidence
+gate.attestation
 runfolder
 bench
 attack.suite
@@ -42,6 +43,7 @@ attack.concept
 attack.run rounds certify.run
 gate.run
 entry
+gate.verify
 attack.command certify.command gate.command train
 cli
 """.strip().splitlines()

@@ -5,7 +5,8 @@ import pytest
 from conftest import ROOT
 
 from harden.errors import MeasurementError
-from harden.results import Mean, Rate, Results, SuiteResults
+from harden.results import Certificate, Mean, Rate, Results, SuiteResults
+from harden.verdict import GateResults, Verdict
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,16 @@ def test_no_rate_of_nothing():
         Rate.of(0, 0)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("results", Results), ("attack", SuiteResults)])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("results", Results),
+        ("attack", SuiteResults),
+        ("certificate", Certificate),
+        ("gate", GateResults),
+        ("verdict", Verdict),
+    ],
+)
 def test_the_published_schema_is_the_one_of_the_code(name, kind):
     schema = json.loads((ROOT / f"docs/{name}.schema.json").read_text())
     schema.pop("$schema")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from harden import processes
 from harden.attack.run import attack
 from harden.certify.run import certify
 from harden.errors import HardenError
+from harden.gate.attestation import ATTESTATION, statement
 from harden.gate.evidence import environment, junit_xml, samples_jsonl, summary
 from harden.gate.reference import benign_divergence, load
 from harden.gate.subject import subject_files
@@ -66,7 +68,7 @@ def gate(
     results = GateResults(suite=suite, benign_kl=divergence, certificate=certificate)
     verdict = decide(results, policy, regressions(results, earlier) if earlier else ())
     if processes.is_main():
-        _write(folder.path, policy, recipe, results, verdict)
+        _write(folder.path, policy, recipe, files, results, verdict)
     processes.wait()
     return verdict
 
@@ -90,13 +92,21 @@ def _divergence(recipe: Recipe, reference: ModelSection) -> Mean:
     )
 
 
-def _write(path: Path, policy: ReleasePolicy, recipe: Recipe, results: GateResults, verdict: Verdict) -> None:
+def _write(
+    path: Path,
+    policy: ReleasePolicy,
+    recipe: Recipe,
+    files: Mapping[str, str],
+    results: GateResults,
+    verdict: Verdict,
+) -> None:
     """The evidence; the verdict comes last, so that where there is one there is all of it."""
     suite = results.suite
     device = processes.state().device
     described = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     seconds = suite.seconds + (results.certificate.seconds if results.certificate else 0.0)
     texts = {
+        "policy.json": policy.model_dump_json(indent=1) + "\n",
         "results.json": results.model_dump_json(indent=1) + "\n",
         "samples.jsonl": samples_jsonl(suite),
         "junit.xml": junit_xml(verdict, seconds),
@@ -104,5 +114,5 @@ def _write(path: Path, policy: ReleasePolicy, recipe: Recipe, results: GateResul
         "README.md": summary(verdict, policy, recipe),
         "verdict.json": verdict.model_dump_json(indent=1) + "\n",
     }
-    for name, text in texts.items():
+    for name, text in {ATTESTATION: statement(verdict, files, texts), **texts}.items():
         write_atomically(path / name, text)

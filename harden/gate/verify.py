@@ -1,0 +1,41 @@
+"""Check that the evidence of a gate is whole and about this model: `harden verify DIR --model M [--adapter A]`.
+
+Digests of the model's files and of the evidence must be those of attestation.json, and the verdict must follow from the
+records. Exit codes: 0 they belong together, whatever the verdict; 1 they do not; 2 usage: no such folder or model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from harden.entry import guarded
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, digest, compare; returns the exit code."""
+
+    def command() -> int:
+        parser = argparse.ArgumentParser(
+            prog="harden verify",
+            description=__doc__,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("folder", metavar="DIR", type=Path, help="output folder of harden gate")
+        parser.add_argument("--model", required=True, help="a bundled model, a local folder or a hub id")
+        parser.add_argument("--adapter", help="PEFT adapter of the model")
+        options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+
+        from harden.gate.attestation import problems  # only now, so that --help is instant
+        from harden.gate.subject import subject_files
+
+        found = problems(options.folder, subject_files(options.model, options.adapter))
+        for problem in found:
+            print(f"harden: {problem}", file=sys.stderr)
+        if not found:
+            print(f"{options.folder}: evidence and model belong together")
+        return 1 if found else 0
+
+    return guarded(command)
