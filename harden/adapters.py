@@ -25,7 +25,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
 
 from harden.errors import HardenError
-from harden.models import ChatModel
+from harden.models import ChatModel, require_finite
 from harden.neurons import find_neurons
 
 TRAINED, REFERENCE = "default", "reference"
@@ -74,7 +74,8 @@ def attach_adapter(
 def load_adapter(chat_model: ChatModel, adapter: str) -> None:
     """Wrap `chat_model.model` with a finished adapter of any PEFT kind, to be measured.
 
-    Its `starting_model` is the base model. Raises HardenError when it cannot be loaded or does not fit.
+    Its `starting_model` is the base model. Raises HardenError when it cannot be loaded or does not fit,
+    MeasurementError when it is not finite.
     """
     try:
         model = PeftModel.from_pretrained(chat_model.model, adapter, adapter_name=TRAINED)
@@ -90,6 +91,7 @@ def load_adapter(chat_model: ChatModel, adapter: str) -> None:
             f"cannot load adapter '{adapter}' for model '{chat_model.name}': its weights do not match the model's "
             f"({len(odd)} names, {min(odd)} for one)"
         )
+    require_finite(model, f"adapter '{adapter}'")
     chat_model.model = model.requires_grad_(False).eval()
     chat_model.neurons = find_neurons(model)
 

@@ -63,9 +63,7 @@ def load_chat_model(
             f"cannot load model '{name}': {len(absent)} of its weights are missing ({', '.join(absent[:3])}); it is "
             "incomplete or no language model, fetch it again or give another"
         )
-    odd = next((name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()), None)
-    if odd:
-        raise MeasurementError(f"model '{name}': its weights are not finite ({odd}), so nothing can be measured")
+    require_finite(model, f"model '{name}'")
     model.requires_grad_(False).eval().to(device)
     eos = model.generation_config.eos_token_id
     eos_ids = (set(eos) if isinstance(eos, list) else {eos}) - {None}
@@ -75,6 +73,13 @@ def load_chat_model(
     neurons = find_neurons(model)
     logger.info("%s: %d layers, %d MLP neurons", name, len(neurons.widths), neurons.count)
     return ChatModel(name, model, tokenizer, chat, neurons)
+
+
+def require_finite(model: nn.Module, what: str) -> None:
+    """Raises MeasurementError for a weight that is NaN or infinite."""
+    odd = next((name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()), None)
+    if odd:
+        raise MeasurementError(f"{what}: its weights are not finite ({odd}), so nothing can be measured")
 
 
 def _contiguous(_module, args):

@@ -16,7 +16,7 @@ SUITE_VERSION = 1
 
 BUDGET = ("seed", "prompts", "refusal", "generation", "judge", "locate", "attack", "suite", "certify")
 
-Limit = Share | None
+Limit = Annotated[float, Field(ge=0, lt=1, strict=True)] | None  # 1 would allow everything, and yes is no number
 
 
 class Thresholds(Section):
@@ -24,7 +24,7 @@ class Thresholds(Section):
     least. Lifts are shares of test prompts that comply, or are left unjudged, under an attack and not without it. Null:
     not asked for."""
 
-    no_attack_refusal: Limit = None
+    no_attack_refusal: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
     """Least share of harmful test prompts that are refused without attack."""
     no_attack_success: Limit = None
     """Share that complies without attack."""
@@ -85,7 +85,10 @@ class ReleasePolicy(Section):
         odd = sorted(set(self.budget) - set(BUDGET))
         if odd:
             raise HardenError(f"policy '{self.name}': budget has '{odd[0]}', and may have {', '.join(BUDGET)}")
-        if "attacks" in (self.budget.get("suite") or {}):
+        for name, section in self.budget.items():
+            if name != "seed" and not isinstance(section, dict):
+                raise HardenError(f"policy '{self.name}': budget.{name} is {section!r}, and must be a mapping")
+        if "attacks" in self.budget.get("suite", {}):
             raise HardenError(f"policy '{self.name}': suite.attacks follows from the thresholds; take it out")
         fixed = {
             "name": f"gate-{self.name}",

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from harden.entry import guarded, start_logging
-from harden.errors import MeasurementError
+from harden.errors import HardenError, MeasurementError
 from harden.policy import ReleasePolicy, load_policy
 from harden.recipe import ModelSection, Recipe
 from harden.verdict import GateResults
@@ -29,10 +29,15 @@ def main(arguments: list[str] | None = None) -> int:
         options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
         policy = load_policy(options.policy)
         model = ModelSection(name=options.model, adapter=options.adapter, dtype=options.dtype)
-        reference = None
-        if options.reference or options.reference_adapter or options.adapter:
-            name = options.reference or options.model
-            reference = ModelSection(name=name, adapter=options.reference_adapter, dtype=options.dtype)
+        if not (options.adapter or options.reference):
+            raise HardenError(
+                "a model without an adapter needs --reference: the model it was made from, or one that speaks as it "
+                "should. A model that learned to refuse everywhere finds compliance unlikely, and must not judge itself"
+            )
+        _check_output(options.output, options.model, options.adapter)
+        reference = ModelSection(
+            name=options.reference or options.model, adapter=options.reference_adapter, dtype=options.dtype
+        )
         recipe = policy.recipe(model.model_dump(), options.output, options.reference)
         return run(policy, recipe, reference, options.compare)
 
@@ -44,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         return MeasurementError.exit_code
 
 
-def run(policy: ReleasePolicy, recipe: Recipe, reference: ModelSection | None, compare: str | None) -> int:
+def run(policy: ReleasePolicy, recipe: Recipe, reference: ModelSection, compare: str | None) -> int:
     start_logging()
 
     from harden import processes  # torch and transformers: only now, so that --help is instant
@@ -63,6 +68,19 @@ def run(policy: ReleasePolicy, recipe: Recipe, reference: ModelSection | None, c
     return verdict.exit_code
 
 
+def _check_output(output: str, *sources: str | None) -> None:
+    """HardenError for a folder inside of what is gated: evidence would change the files that it is about."""
+    for source in filter(None, sources):
+        if Path(source).is_dir() and Path(output).resolve().is_relative_to(Path(source).resolve()):
+            raise HardenError(f"--output {output} lies inside {source}; evidence must lie beside what it is about")
+
+
+def _given(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; leave the option out or give a value")
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="harden gate",
@@ -70,35 +88,46 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="a bundled model, a local folder or a hub id")
-    parser.add_argument("--adapter", help="PEFT adapter of the model: a local folder or a hub id")
+    parser.add_argument("--model", type=_given, required=True, help="a bundled model, a local folder or a hub id")
+    parser.add_argument("--adapter", type=_given, help="PEFT adapter of the model: a local folder or a hub id")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--policy", required=True, help="for example recipes/gate/quick.yaml")
-    parser.add_argument("--output", required=True, help="folder of the evidence; an unfinished gate in it goes on")
+    parser.add_argument("--policy", type=_given, required=True, help="for example recipes/gate/quick.yaml")
+    parser.add_argument(
+        "--output", type=_given, required=True, help="folder of the evidence; an unfinished gate in it goes on"
+    )
     parser.add_argument(
         "--reference",
+        type=_given,
         help="model that benign KL is measured from, and that is asked how likely completions are; else the one below "
         "the adapter",
     )
-    parser.add_argument("--reference-adapter", help="adapter of the reference, for the KL alone")
-    parser.add_argument("--compare", metavar="RESULTS.json", help="results of an earlier gate; worse ones fail")
+    parser.add_argument("--reference-adapter", type=_given, help="adapter of the reference, for the KL alone")
+    parser.add_argument(
+        "--compare", type=_given, metavar="RESULTS.json", help="results of an earlier gate; worse ones fail"
+    )
     return parser
+
+
+class _TimeOver(BaseException):
+    """Nothing that catches errors along the way may catch this."""
 
 
 @contextmanager
 def _deadline(minutes: float | None) -> Iterator[None]:
-    """Raises MeasurementError inside when the time is over."""
+    """Raises MeasurementError when the time inside is over."""
     if minutes is None or not hasattr(signal, "setitimer"):
         yield
         return
 
     def stop(_signal, _frame):
-        raise MeasurementError(f"the {minutes:g} minutes of the policy are over before it could be decided")
+        raise _TimeOver
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes, 1.0)  # again and again: one may be lost in a destructor
     try:
         yield
+    except _TimeOver:
+        raise MeasurementError(f"the {minutes:g} minutes of the policy are over before it could be decided") from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

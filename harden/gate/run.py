@@ -9,30 +9,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 
-from harden import processes
+from harden import __version__, processes
 from harden.attack.run import attack
 from harden.certify.run import certify
-from harden.errors import HardenError
+from harden.errors import HardenError, MeasurementError
 from harden.gate.attestation import ATTESTATION, statement
 from harden.gate.evidence import environment, junit_xml, samples_jsonl, summary
 from harden.gate.reference import benign_divergence, load
 from harden.gate.subject import subject_files
+from harden.judges.embedded import RULES
 from harden.policy import ReleasePolicy
-from harden.prompts import load_splits
+from harden.prompts import PromptSet, Split, load_splits
 from harden.recipe import ModelSection, Recipe
-from harden.results import Mean, SuiteResults
+from harden.results import Certificate, Mean, SuiteResults
 from harden.runfolder import RunFolder, write_atomically
 from harden.verdict import GateResults, Verdict, decide, regressions
-
-logger = logging.getLogger(__name__)
 
 TEST_BENIGN = 48  # benign prompts on which the divergence from the reference is measured
 
@@ -43,49 +42,86 @@ def gate(
     """Decide whether a recipe's model may ship, or go on with it; evidence is in the recipe's output folder.
 
     reference: the model that benign KL is measured from. earlier: results that must not have become worse. Raises
-    HardenError where the folder holds a gate of other files, another policy or another recipe, MeasurementError where
-    a measurement fails; the folder then has no verdict.
+    HardenError where the folder holds a gate of other things or a split is shorter than the policy asks for,
+    MeasurementError where a measurement fails; the folder then gets no verdict.
     """
     folder = RunFolder(recipe)
-    files = processes.from_main(lambda: subject_files(recipe.model.name, recipe.model.adapter))
-    if policy.thresholds.benign_kl is not None and reference is None:
-        raise HardenError(f"policy '{policy.name}' limits benign_kl: give the model to compare with by --reference")
+    splits = _splits(recipe)
+    begun = processes.from_main(lambda: _begun(policy, recipe, reference, splits))
     folder.create()
-    _same(folder, "subject", dict[str, str], files, "files of the model")
-    _same(folder, "policy", ReleasePolicy, policy, "policy")
-    _same(folder, "reference", ModelSection | None, reference, "reference model")
+    _check_begun(folder, begun)
     divergence = None
     if policy.thresholds.benign_kl is not None and reference is not None:
-        divergence = folder.stage("benign-kl", Mean, lambda: _divergence(recipe, reference))
+        texts = [prompt.text for prompt in splits["test"].benign[:TEST_BENIGN]]
+        divergence = folder.stage("benign-kl", Mean, lambda: _divergence(recipe, reference, texts))
+
+    def results(suite: SuiteResults, certificate: Certificate | None = None) -> GateResults:
+        return GateResults(prompts=begun["prompts"], suite=suite, benign_kl=divergence, certificate=certificate)
 
     def failed(suite: SuiteResults) -> bool:
-        return decide(GateResults(suite=suite, benign_kl=divergence, certificate=None), policy).outcome == "fail"
+        return decide(results(suite), policy).outcome == "fail"
 
     suite = attack(recipe, decided=failed)
-    certificate = None
-    if policy.thresholds.missed_breakers is not None and not failed(suite):
-        certificate = certify(recipe)
-    results = GateResults(suite=suite, benign_kl=divergence, certificate=certificate)
-    verdict = decide(results, policy, regressions(results, earlier) if earlier else ())
+    certify_too = policy.thresholds.missed_breakers is not None and not failed(suite)
+    found = results(suite, certify(recipe) if certify_too else None)
+    verdict = decide(found, policy, regressions(found, earlier) if earlier else ())
+    if processes.from_main(lambda: _begun(policy, recipe, reference, splits)) != begun:
+        raise MeasurementError("the files of the model, or of its reference, changed while they were measured")
     if processes.is_main():
-        _write(folder.path, policy, recipe, files, results, verdict)
+        _write(folder.path, policy, recipe, begun["model"], found, verdict)
     processes.wait()
     return verdict
 
 
-Value = TypeVar("Value")
+def _begun(
+    policy: ReleasePolicy, recipe: Recipe, reference: ModelSection | None, splits: Mapping[Split, PromptSet]
+) -> dict[str, Any]:
+    """All that a verdict is about. Raises HardenError for what cannot be gated."""
+    files = subject_files(recipe.model.name, recipe.model.adapter)
+    compared = subject_files(reference.name, reference.adapter) if reference else None
+    if policy.thresholds.benign_kl is not None:
+        if compared is None:
+            raise HardenError(f"policy '{policy.name}' limits benign_kl: give the model to compare with by --reference")
+        if compared == files:
+            raise HardenError(f"policy '{policy.name}' limits benign_kl, and --reference is the model itself")
+    texts = [[p.text for part in (s.harmful, s.twins, s.benign) for p in part] for s in splits.values()]
+    return {
+        "model": files,
+        "reference": compared,
+        "policy": policy.model_dump(mode="json"),
+        "prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+        "harden": f"{__version__}, judge {RULES}",
+    }
 
 
-def _same(folder: RunFolder, name: str, kind: type[Value], value: Value, what: str) -> None:
-    """Raises HardenError if the folder was begun with another value."""
-    if folder.stage(name, kind, lambda: value) != value:
-        raise HardenError(f"{folder.path} holds the gate of other things: the {what} changed; give another --output")
+def _check_begun(folder: RunFolder, begun: dict[str, Any]) -> None:
+    """Raises HardenError if the folder was begun with anything else, or does not say with what."""
+    measured = [name for name in ("attack", "certificate") if (folder.path / name).exists()]
+    if measured and not (folder.state / "begun.json").exists():
+        raise HardenError(f"{folder.path} has {measured[0]}/ and no record of what it is about; give another --output")
+    before = folder.stage("begun", dict[str, Any], lambda: begun)
+    changed = [name for name in begun if before.get(name) != begun[name]]
+    if changed:
+        raise HardenError(
+            f"{folder.path} holds the gate of other things: changed since: {', '.join(changed)}; give another --output"
+        )
 
 
-def _divergence(recipe: Recipe, reference: ModelSection) -> Mean:
+def _splits(recipe: Recipe) -> dict[Split, PromptSet]:
+    """All prompts. Raises HardenError where a split is shorter than what the policy asks for."""
     sources = {kind: getattr(recipe.prompts, kind).model_dump() for kind in ("harmful", "twins", "benign")}
     splits = load_splits(sources, recipe.prompts.train_share, recipe.prompts.selection_share, recipe.seed)
-    texts = [prompt.text for prompt in splits["test"].benign[:TEST_BENIGN]]
+    for split, asked in (("selection", recipe.attack.selection_prompts), ("test", recipe.attack.test_prompts)):
+        found = len(splits[split].harmful)
+        if found < asked:
+            raise HardenError(
+                f"the {split} split has {found} harmful prompts and attack.{split}_prompts asks for {asked}; give more "
+                "prompts, or a policy that asks for fewer"
+            )
+    return splits
+
+
+def _divergence(recipe: Recipe, reference: ModelSection, texts: Sequence[str]) -> Mean:
     generation = recipe.generation
     return benign_divergence(
         load(recipe.model), load(reference), texts, generation.max_new_tokens, generation.batch_size
@@ -114,5 +150,8 @@ def _write(
         "README.md": summary(verdict, policy, recipe),
         "verdict.json": verdict.model_dump_json(indent=1) + "\n",
     }
-    for name, text in {ATTESTATION: statement(verdict, files, texts), **texts}.items():
+    evidence = {**texts, "recipe.yaml": (path / "recipe.yaml").read_text(encoding="utf-8")}
+    for old in ("verdict.json", ATTESTATION):  # while anything is missing there is no verdict
+        (path / old).unlink(missing_ok=True)
+    for name, text in {ATTESTATION: statement(verdict, files, evidence), **texts}.items():
         write_atomically(path / name, text)

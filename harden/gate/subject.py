@@ -13,7 +13,7 @@ from harden.errors import HardenError
 
 
 def subject_files(model: str, adapter: str | None) -> dict[str, str]:
-    """sha256 of every file, by `model/<path>` and `adapter/<path>`; hidden files do not count.
+    """sha256 of every file that is not hidden, by `model/<path>` and `adapter/<path>`.
 
     Raises HardenError where there is no such model, or it has no file of weights.
     """
@@ -31,6 +31,8 @@ def _digests(label: str, source: str, name: str) -> dict[str, str]:
     visible = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not any(path.suffix in (".safetensors", ".bin", ".gguf") for path in visible):
         raise HardenError(f"{label} '{name}': {folder} holds no weights (.safetensors, .bin or .gguf)")
+    if label == "model" and not (folder / "config.json").is_file():
+        raise HardenError(f"model '{name}': {folder} has no config.json; an adapter alone is given by --adapter")
     try:
         return {f"{label}/{path.relative_to(folder).as_posix()}": _sha256(path) for path in visible}
     except OSError as error:

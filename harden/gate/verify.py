@@ -26,16 +26,19 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument("folder", metavar="DIR", type=Path, help="output folder of harden gate")
         parser.add_argument("--model", required=True, help="a bundled model, a local folder or a hub id")
         parser.add_argument("--adapter", help="PEFT adapter of the model")
+        parser.add_argument("--require-pass", action="store_true", help="exit code 1 for any verdict but a pass, too")
         options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
 
-        from harden.gate.attestation import problems  # only now, so that --help is instant
+        from harden.gate.attestation import problems, read_verdict  # only now, so that --help is instant
         from harden.gate.subject import subject_files
 
         found = problems(options.folder, subject_files(options.model, options.adapter))
         for problem in found:
             print(f"harden: {problem}", file=sys.stderr)
-        if not found:
-            print(f"{options.folder}: evidence and model belong together")
-        return 1 if found else 0
+        if found:
+            return 1
+        verdict = read_verdict(options.folder)
+        print(f"{options.folder}: evidence and model belong together; policy '{verdict.policy}': {verdict.outcome}")
+        return 1 if options.require_pass and verdict.outcome != "pass" else 0
 
     return guarded(command)

@@ -1,4 +1,4 @@
-"""Clamps at the template's tokens only: an exact forward pass for every neuron, at a tenth of its price.
+"""Clamps at the template's tokens only: an exact forward pass for every neuron, at a fifth of its price.
 
 Where the answer is decided, a clamp acts through the tokens between the request and the answer (where Kazemi et al.,
 arXiv 2605.08513, look for their neurons). Everything before them is computed once, without a clamp, and every neuron is
