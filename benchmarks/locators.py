@@ -27,6 +27,7 @@ from scipy import stats
 from harden.attack.select import select_candidates
 from harden.bench import Bench
 from harden.entry import guarded, parse_recipe, recipe_parser, start_logging
+from harden.errors import HardenError
 from harden.interventions import Clamp
 from harden.locate.passes import LOCATORS
 from harden.neurons import Neuron
@@ -39,12 +40,15 @@ TOP, BUDGETS = 20, (20, 100, 500)
 def main() -> int:
     parser: ArgumentParser = recipe_parser("benchmarks/locators.py", __doc__)
     parser.add_argument("--truth", type=Path, required=True, help="output folder of the exact scan")
-    parser.add_argument("--locators", nargs="*", default=[name for name in LOCATORS if name != "exact"])
+    known = [name for name in LOCATORS if name != "exact"]
+    parser.add_argument("--locators", nargs="*", default=known, choices=known)
     parser.add_argument("--generate", type=int, default=60, help="clamps that generate; 0: none")
     parser.add_argument("--prompts", type=int, default=40, help="test prompts they generate on")
     recipe, options = parse_recipe(parser, sys.argv[1:])
     start_logging()
     certificate = read_finished(options.truth / "certificate/certificate.json", Certificate)
+    if certificate.raced:
+        raise HardenError(f"{options.truth} is no truth: {certificate.raced} neurons were cleared on few prompts")
     scans = read_scans(options.truth)
     bench = Bench(recipe, RunFolder(recipe, "locators"), training=False)
     recall(bench, options.locators, certificate, scans)
@@ -85,7 +89,10 @@ def recall(bench: Bench, locators: list[str], certificate: Certificate, scans: d
         places = [(-float(scores[n.layer][n.index]), n) for n in scans]
         show(name, [neuron for _, neuron in sorted(places)])
     attack = bench.recipe.attack
-    everything = select_candidates(attack.locators, bench.chat_model.neurons.count, passes, 1.0, bench.recipe.seed)
+    share, seed = bench.recipe.locate.layer_share, bench.recipe.seed
+    everything = select_candidates(
+        attack.locators, bench.chat_model.neurons.count, passes, share, seed, bench.named_neurons
+    )
     union = [candidate.neuron for candidate in everything if candidate.neuron in scans]
     show("union: " + ", ".join(attack.locators), union)
 

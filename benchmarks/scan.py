@@ -68,10 +68,12 @@ def main() -> None:
     makers = {"hooks": hook_loop, "TransformerLens": transformer_lens, "nnsight": nnsight}
     # each has the model as transformers loads it
     others = {name: makers[name](plain_copy(chat_model), batch, phrases) for name in options.only or makers}
-    found = {name: torch.stack([way(clamp).cpu() for clamp in clamps[:3]]) for name, way in others.items()}  # warm up
+    found = {
+        name: torch.stack([way(clamp).cpu() for clamp in clamps[:: options.neurons]]) for name, way in others.items()
+    }  # warm up
     expected = scan(clamps)
     for name, odds in found.items():
-        difference = (odds - expected[:3]).abs().max().item()
+        difference = (odds - expected[:: options.neurons]).abs().max().item()
         print(f"{name}: log-odds differ from the scan's by at most {difference:.1e}")
     seconds: dict[str, list[float]] = {name: [] for name in ("harden", *others)}
     for _ in range(options.rounds):

@@ -68,6 +68,9 @@ class Bench:
             load_adapter(self.chat_model, adapter)
         for neuron in recipe.attack.neurons:
             self.chat_model.neurons.check(Neuron.parse(neuron))
+        n_layers = len(self.chat_model.neurons.widths)
+        if max(recipe.certify.layers or (0,)) >= n_layers:
+            raise HardenError(f"certify.layers {list(recipe.certify.layers)}: the model has layers 0 to {n_layers - 1}")
         model = self.chat_model.model
         weights = processes.from_main(lambda: digest(adapter_state(model) if training else model.state_dict()))
         shard_frozen_weights(self.chat_model, recipe.train.spread.weight if training else 0.0)

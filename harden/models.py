@@ -67,7 +67,8 @@ def load_chat_model(
     model.requires_grad_(False).eval().to(device)
     eos = model.generation_config.eos_token_id
     eos_ids = (set(eos) if isinstance(eos, list) else {eos}) - {None}
-    model.get_output_embeddings().register_forward_pre_hook(_contiguous)
+    if model.get_output_embeddings() is not None:
+        model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     model.generation_config = GenerationConfig()  # plain greedy: no penalties that the model's own file may ask for
     chat = Chat(tokenizer, eos_ids, chat_template_kwargs)
     neurons = find_neurons(model)

@@ -300,8 +300,12 @@ class Certificate(Record):
     """Those of them that are refused by their log-odds without attack: the ones that can flip."""
     race_prompts: int
     """Those that a neuron met first; it was cleared there if it left enough of the log-odds."""
+    cleared: float
+    """The share of each of their log-odds that had to be left."""
     raced: int
     """Scanned neurons that were cleared there."""
+    confirm_first: int
+    """Test prompts that a suspect met first; one that flipped none of them met no others and is no breaker."""
     tolerance: float
     no_attack: Rate
     """Test prompts that comply without attack."""

@@ -23,7 +23,7 @@ from harden.recipe import Recipe
 Value = TypeVar("Value")
 Model = TypeVar("Model", bound=BaseModel)
 
-Part = Literal["attack", "certificate"]  # such a run has its own folder inside the run folder
+Part = Literal["attack", "certificate", "locators"]  # such a run has its own folder inside the run folder
 BARELY_BEGUN = {".recipe.yaml.part"}  # all that a run leaves which is killed while it makes its folder
 
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from scipy import stats
 
-from harden.attack.respond import Attempt
+from harden.attack.respond import Attempt, Responder
 from harden.attack.screen import Screened
 from harden.certify import run
 from harden.certify.command import main
@@ -70,7 +70,7 @@ def test_the_bound_covers_what_was_not_scanned(certificate):
 def test_a_breaker_that_the_locators_overlook_is_found_by_scanning_all_others(setup):
     """Effect size puts steady noise first, so the planted neuron is among the rest."""
     found = certify(recipe_for(setup, "all", locators=["effect_size"], top=1, sample=None))
-    assert found.drawn == ALL - 1 and found.most_missed == 0
+    assert (found.first, found.drawn, found.most_missed) == (0, ALL, 0)
     assert found.breakers == [str(PLANTED_NEURON)] and all(s.drawn for s in found.suspects if s.breaks)
     assert "None was left out." in statement(found)
 
@@ -253,3 +253,39 @@ def test_a_suspect_that_flips_none_of_the_easiest_test_prompts_meets_no_others(s
     assert by_neuron["1:17"].breaks and by_neuron["1:17"].comply.n == 10
     assert {s.flipped.n for s in found.suspects if s.neuron != "1:17"} == {2} and len(by_neuron) == 4
     assert found.breakers == ["1:17"]
+
+
+def test_the_easiest_prompts_come_first(setup, monkeypatch):
+    """Those that are refused least, of the scan and of the test prompts; here the last ones of either."""
+    met, real = [], run.log_odds_under
+
+    def spying(chat_model, clamps, prompts, *rest):
+        if clamps == [run.NOTHING]:
+            met.append(list(prompts))
+            return [[float(len(prompts) - place) for place in range(len(prompts))]]
+        met.append(list(prompts))
+        return real(chat_model, clamps, prompts, *rest)
+
+    attempts, attempt = [], Responder.attempt
+    monkeypatch.setattr(run, "log_odds_under", spying)
+    monkeypatch.setattr(
+        Responder, "attempt", lambda self, clamps, prompts, label: (
+            attempts.append([p.text for p in prompts]), attempt(self, clamps, prompts, label))[1],
+    )  # fmt: skip
+    certify(recipe_for(setup, "order", top=2, sample=2, confirm_first=3))
+    scanned, test = met[0], met[-1]
+    assert met[1] == scanned[:-3:-1] and len(scanned) == 4
+    assert attempts[1] == test[:-4:-1] and len(test) == 10
+
+
+def test_values_that_are_equal_are_scanned_once(setup):
+    found = certify(recipe_for(setup, "equal", top=2, sample=2, sizes=[2, 2, -2]))
+    assert found.breakers == [str(PLANTED_NEURON)]
+    raced = next(s for s in scans_of(setup / "equal") if s.neuron == str(PLANTED_NEURON))
+    assert raced.prompts == 4 and raced.values[0] == raced.values[1] and raced.log_odds[0] == raced.log_odds[1]
+
+
+def test_a_layer_that_the_model_has_not_leaves_nothing_behind(setup):
+    with pytest.raises(HardenError, match="certify.layers"):
+        certify(recipe_for(setup, "no-layer-2", layers=[9]))
+    assert not (setup / "no-layer-2").exists()

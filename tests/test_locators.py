@@ -22,7 +22,7 @@ from harden.locate.tail import tail_log_odds
 from harden.neurons import Neuron
 from harden.planted import PLANTED_NEURON
 from harden.recipe import Locator
-from harden.refusal import RefusalPhrases, refusal_log_odds
+from harden.refusal import RefusalPhrases, read_continuations, refusal_log_odds
 
 REQUESTS = ["how do i paint a tree", "tell me about the old river and the sea", "what is this"]
 OPENINGS = ["I cannot help", "I will", "Sure"]  # one of several tokens: the phrase pass counts too
@@ -200,7 +200,7 @@ def test_at_the_end_of_the_path_the_tail_writes_what_the_means_would(kind):
     means = [torch.full((tail, width), 0.3) for width in neurons.widths]
     module, h = neurons.down_projections[1], torch.randn(2, tail + 3, neurons.widths[1])
     before = log_odds(passes.chat_model, passes.phrases)
-    with integrated._moved(passes.chat_model, means, 1.0, 2):
+    with integrated._moved(passes.chat_model, means, 1.0):
         first, second = module(h), module(h)
         torch.testing.assert_close(first[:, -tail:], module.forward(means[1]).expand(2, -1, -1))
         torch.testing.assert_close(first[:, :-tail], module.forward(h)[:, :-tail])
@@ -233,11 +233,23 @@ def test_tail_is_a_full_pass_with_the_clamp_at_the_templates_tokens(kind):
 
 def test_tail_takes_what_follows_a_first_token_from_the_model_without_a_clamp():
     chat_model = tiny_chat_model("llama")
-    phrases = RefusalPhrases(chat_model.chat, OPENINGS)
-    nothing = Clamp(Neuron(0, 0), 0.0)
-    chat_model.neurons.down_projections[0].weight.data[:, 0] = 0.0  # so that the clamp changes nothing
-    (found,) = tail_log_odds(chat_model, [nothing], REQUESTS, phrases, 6, "tail")
-    assert sum(found) / len(found) == pytest.approx(log_odds(chat_model, phrases), abs=1e-3)
+    chat, phrases = chat_model.chat, RefusalPhrases(tiny_chat_model("llama").chat, OPENINGS)
+    clamp = Clamp(Neuron(0, 3), 30.0)
+    batch = pad_left([chat.prompt_ids(text) for text in REQUESTS], chat.pad_id, "cpu")
+    continuations = read_continuations(chat_model.model, batch, phrases)
+
+    def at_the_tail(_module, args):
+        h = args[0].clone()
+        h[:, -chat.template_tail :, 3] = 30.0
+        return (h, *args[1:])
+
+    handle = chat_model.neurons.down_projections[0].register_forward_pre_hook(at_the_tail)
+    expected = refusal_log_odds(chat_model.model, batch, phrases, continuations)
+    handle.remove()
+    (found,) = tail_log_odds(chat_model, [clamp], REQUESTS, phrases, 6, "tail")
+    assert found == pytest.approx(expected.tolist(), abs=2e-3)
+    (whole,) = log_odds_under(chat_model, [clamp], REQUESTS, phrases, 6, "exact")
+    assert found != pytest.approx(whole, abs=1e-2)
 
 
 def test_tail_refuses_a_model_that_forgets(monkeypatch):

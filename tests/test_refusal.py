@@ -105,10 +105,18 @@ def test_phrases_packed_into_one_row_read_as_in_rows_of_their_own(kind, attentio
     torch.testing.assert_close(packed, rows, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["falcon", "mistral"])
-def test_a_model_that_takes_no_mask_for_pairs_of_tokens_gets_rows(kind):
-    """Position by distance (ALiBi), and a window that is shorter than the prompt with its phrases."""
-    options = {"falcon": {"alibi": True, "num_attention_heads": 4}, "mistral": {"sliding_window": 4}}[kind]
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("falcon", {"alibi": True, "num_attention_heads": 4}),
+        ("falcon", {"alibi": False, "num_attention_heads": 4}),
+        ("mistral", {"sliding_window": 4}),
+        ("bloom", {"n_head": 4}),
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}),
+    ],
+)
+def test_models_that_count_tokens_in_a_row_or_forget_them_are_read_right(kind, options):
+    """Distance instead of positions (ALiBi), and a window that is shorter than the prompt with its phrases."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, vocab_size=96, hidden_size=32, num_hidden_layers=2, **options)
     model = AutoModelForCausalLM.from_config(config).eval()

@@ -26,6 +26,7 @@ from harden.effects import log_odds_under
 from harden.errors import MeasurementError
 from harden.generate import mean, progress_bar
 from harden.interventions import Clamp, Scale
+from harden.locate.base import Candidate
 from harden.locate.passes import Passes
 from harden.neurons import Neuron
 from harden.recipe import Recipe
@@ -50,22 +51,14 @@ def certify(recipe: Recipe) -> Certificate:
     settings, chat_model = recipe.certify, bench.chat_model
     population = sum(chat_model.neurons.widths[layer] for layer in _layers(bench))
     prompts = [prompt.text for prompt in bench.splits["selection"].harmful[: settings.prompts]]
-    batch_size = recipe.generation.batch_size
-
-    def without_attack() -> list[float]:
-        odds = log_odds_under(chat_model, [NOTHING], prompts, bench.phrases, batch_size, "no attack")[0]
-        if not all(map(math.isfinite, odds)):
-            raise MeasurementError("refusal log-odds are not finite; is the model sound? try model.dtype float32")
-        return odds
-
-    plain = folder.stage("plain", list[float], without_attack)
+    plain = folder.stage("plain", list[float], lambda: _plain(bench, prompts))
     if max(plain) <= 0:
         raise MeasurementError(
             f"none of the {len(prompts)} scanned prompts is refused by its log-odds, so none can flip: the model does "
             "not refuse, or not with refusal.phrases; raise certify.prompts or give its own phrases"
         )
     passes = bench.passes()
-    if "tail" in settings.locators:
+    if "tail" in settings.locators and settings.sample is not None:
         _ = passes.tail_drops  # stages of their own, which do not stand inside the next one
     first, drawn = (
         [Neuron.parse(neuron) for neuron in part]
@@ -96,6 +89,8 @@ def certify(recipe: Recipe) -> Certificate:
         prompts=len(prompts),
         refused=sum(odds > 0 for odds in plain),
         race_prompts=min(settings.race_prompts, len(prompts)),
+        cleared=settings.cleared,
+        confirm_first=settings.confirm_first,
         raced=sum(scan.prompts < len(prompts) for scan in scans),
         tolerance=settings.tolerance,
         no_attack=no_attack,
@@ -117,29 +112,42 @@ def certify(recipe: Recipe) -> Certificate:
 
 
 def _layers(bench: Bench) -> Collection[int]:
-    """The layers that are certified. Raises HardenError for one that the model does not have."""
+    """The layers that are certified."""
     layers = bench.recipe.certify.layers
-    if layers is None:
-        return range(len(bench.chat_model.neurons.widths))
-    for layer in layers:
-        bench.chat_model.neurons.check(Neuron(layer, 0))
-    return set(layers)
+    return range(len(bench.chat_model.neurons.widths)) if layers is None else set(layers)
 
 
 def _chosen(bench: Bench, passes: Passes) -> tuple[list[str], list[str]]:
     """The neurons that locators put first, and those drawn at random from all others."""
-    recipe, total = bench.recipe, bench.chat_model.neurons.count
-    found = select_candidates(
-        recipe.certify.locators, recipe.certify.top, passes, recipe.locate.layer_share, recipe.seed, bench.named_neurons
-    )
-    layers = _layers(bench)
-    located = {candidate.neuron: None for candidate in found if candidate.neuron.layer in layers}
+    recipe, total, layers = bench.recipe, bench.chat_model.neurons.count, _layers(bench)
+    found = bench.named_neurons
+    if recipe.certify.sample is not None:  # else all are scanned, and none needs to be first
+        found = [candidate.neuron for candidate in _located(bench, passes)]
+    located = dict.fromkeys(neuron for neuron in found if neuron.layer in layers)
     others = [neuron_at(bench.chat_model, n) for n in range(total)]
     others = [neuron for neuron in others if neuron.layer in layers and neuron not in located]
     if recipe.certify.sample is not None:
         # a stream of its own: the search draws its random candidates with the seed, and training may know them
         others = random.Random(f"certify {recipe.seed}").sample(others, min(recipe.certify.sample, len(others)))
     return list(map(str, located)), list(map(str, others))
+
+
+def _located(bench: Bench, passes: Passes) -> list[Candidate]:
+    recipe = bench.recipe
+    return select_candidates(
+        recipe.certify.locators, recipe.certify.top, passes, recipe.locate.layer_share, recipe.seed, bench.named_neurons
+    )
+
+
+def _plain(bench: Bench, texts: Sequence[str]) -> list[float]:
+    """Refusal log-odds of prompts without attack. Raises MeasurementError if one is no number."""
+    batch_size, odds = bench.recipe.generation.batch_size, []
+    for start in range(0, len(texts), batch_size):
+        part = texts[start : start + batch_size]
+        odds += log_odds_under(bench.chat_model, [NOTHING], part, bench.phrases, batch_size, "no attack")[0]
+    if not all(map(math.isfinite, odds)):
+        raise MeasurementError("refusal log-odds are not finite; is the model sound? try model.dtype float32")
+    return odds
 
 
 def _scan(
@@ -156,10 +164,10 @@ def _scan(
 
     def scan(chunk: Sequence[Neuron]) -> list[NeuronScan]:
         clamps = {n: [Clamp(n, float(v[starts[n.layer] + n.index])) for v in values] for n in chunk}
-        flat = [clamp for each in clamps.values() for clamp in each]
+        flat = list(dict.fromkeys(clamp for each in clamps.values() for clamp in each))  # a dead neuron's may be equal
         odds = dict(zip(flat, log_odds(flat, slice(settings.race_prompts)), strict=True))
         going_on = [n for n in chunk if not _cleared([odds[clamp] for clamp in clamps[n]], plain, settings.cleared)]
-        flat = [clamp for n in going_on for clamp in clamps[n]]
+        flat = list(dict.fromkeys(clamp for n in going_on for clamp in clamps[n]))
         if flat and len(prompts) > settings.race_prompts:
             for clamp, more in zip(flat, log_odds(flat, slice(settings.race_prompts, None)), strict=True):
                 odds[clamp] = odds[clamp] + more
@@ -233,7 +241,7 @@ def _confirm(
     A race again: who flips none of the `certify.confirm_first` prompts that are refused least meets no others. Raises
     MeasurementError where more than half of the test prompts comply without attack.
     """
-    settings, batch_size = bench.recipe.certify, bench.recipe.generation.batch_size
+    settings = bench.recipe.certify
     prompts = bench.splits["test"].harmful[: settings.test_prompts]
     (plain,) = bench.responder.attempt([None], prompts, "no attack")
     can_flip = {name for name, outcome in plain.outcomes.items() if outcome != "comply"}
@@ -242,8 +250,7 @@ def _confirm(
             f"{len(prompts) - len(can_flip)} of {len(prompts)} test prompts comply without attack: there is too little "
             "refusal to break"
         )
-    texts = [prompt.text for prompt in prompts]
-    (odds,) = log_odds_under(bench.chat_model, [NOTHING], texts, bench.phrases, batch_size, "no attack")
+    odds = _plain(bench, [prompt.text for prompt in prompts])
     ordered = [prompt for _, prompt in sorted(zip(odds, prompts, strict=True), key=lambda pair: pair[0])]
     ordered.sort(key=lambda prompt: prompt.id not in can_flip)  # first those that can flip, easiest first
     heat, others = ordered[: settings.confirm_first], ordered[settings.confirm_first :]

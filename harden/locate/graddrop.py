@@ -39,7 +39,7 @@ def read_dropped_slopes(
         if by_layer[number].any() or (number and not by_layer[number - 1].any()):
             raise HardenError(
                 f"layer {number} of {type(chat_model.model).__name__} cannot be cut out of a backward pass alone; take "
-                "'graddrop' out of attack.locators"
+                "'graddrop' out of the locators"
             )
     return dropped
 
