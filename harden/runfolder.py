@@ -43,6 +43,7 @@ class RunFolder:
         self.state = self.path / "state"
         self.saved_recipe = self.path / "recipe.yaml"
         self.lock = FileLock(self.state / ".lock")
+        self._inside: list[float] = []  # of each stage that is under way: seconds that stages inside it took
         processes.from_main(self._check)
 
     def _check(self) -> None:
@@ -90,8 +91,14 @@ class RunFolder:
         if saved is not None:
             return adapter.validate_json(saved)
         began = time.monotonic()
-        value = make()
-        seconds = round(time.monotonic() - began, 2)
+        self._inside.append(0.0)
+        try:
+            value = make()
+        finally:
+            inside, elapsed = self._inside.pop(), time.monotonic() - began
+        if self._inside:
+            self._inside[-1] += elapsed
+        seconds = round(elapsed - inside, 2)  # stages inside log their own
         text = processes.from_main(lambda: adapter.dump_json(value).decode())
         if processes.is_main():
             write_atomically(path, text)

@@ -130,3 +130,12 @@ def test_an_attack_run_does_not_settle_in_a_folder_of_something_else(tmp_path):
     with pytest.raises(HardenError, match="is no run folder"):
         RunFolder(recipe(tmp_path / "thesis"), part="attack")
     assert not (tmp_path / "thesis/attack").exists()
+
+
+def test_stages_inside_a_stage_count_once(tmp_path, monkeypatch):
+    folder = opened(tmp_path / "run")
+    clock = iter([0.0, 10.0, 14.0, 20.0])  # outer begins, inner begins, inner ends, outer ends
+    monkeypatch.setattr("harden.runfolder.time.monotonic", lambda: next(clock))
+    folder.stage("outer", int, lambda: folder.stage("inner", int, lambda: 1))
+    monkeypatch.undo()
+    assert folder.seconds() == 20.0

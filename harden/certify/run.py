@@ -58,8 +58,6 @@ def certify(recipe: Recipe) -> Certificate:
             "not refuse, or not with refusal.phrases; raise certify.prompts or give its own phrases"
         )
     passes = bench.passes()
-    if "tail" in settings.locators and settings.sample is not None:
-        _ = passes.tail_drops  # stages of their own, which do not stand inside the next one
     first, drawn = (
         [Neuron.parse(neuron) for neuron in part]
         for part in folder.stage("neurons", tuple[list[str], list[str]], lambda: _chosen(bench, passes))
