@@ -179,11 +179,9 @@ def _last_mlp_where_it_is_read(chat_model: ChatModel) -> Iterator[None]:
         asked = kwargs.get("logits_to_keep", 0)
 
     def forward(x, *args, **kwargs):
-        if not asked or x.dim() != 3 or x.shape[1] <= asked:
+        if args or kwargs or not asked or x.shape[1] <= asked:  # Bloom and MPT hand the residual stream in, too
             return compute(x, *args, **kwargs)
-        return torch.nn.functional.pad(
-            compute(x[:, -asked:].contiguous(), *args, **kwargs), (0, 0, x.shape[1] - asked, 0)
-        )
+        return torch.nn.functional.pad(compute(x[:, -asked:].contiguous()), (0, 0, x.shape[1] - asked, 0))
 
     had_its_own = "forward" in mlp.__dict__
     handle = chat_model.model.register_forward_pre_hook(note, with_kwargs=True)
