@@ -28,11 +28,12 @@ from harden.attack.select import select_candidates
 from harden.bench import Bench
 from harden.entry import guarded, parse_recipe, recipe_parser, start_logging
 from harden.errors import HardenError
+from harden.files import read_finished
 from harden.interventions import Clamp
 from harden.locate.passes import LOCATORS
 from harden.neurons import Neuron
 from harden.results import Certificate, NeuronScan
-from harden.runfolder import RunFolder, read_finished
+from harden.runfolder import RunFolder
 
 TOP, BUDGETS = 20, (20, 100, 500)
 

@@ -16,6 +16,8 @@ def main() -> int:
     commands.add_parser("attack", add_help=False, help="run every neuron attack on a model and report what it does")
     commands.add_parser("certify", add_help=False, help="scan neurons exactly, and bound what the scan missed")
     commands.add_parser("gate", add_help=False, help="decide by a policy whether a checkpoint may ship")
+    commands.add_parser("report", add_help=False, help="one HTML page about a run folder, or several side by side")
+    commands.add_parser("sign", add_help=False, help="sign a model that passed its gate, and the evidence")
     commands.add_parser("verify", add_help=False, help="check that a gate's evidence and a model belong together")
     arguments, rest = parser.parse_known_args()
 
@@ -23,11 +25,20 @@ def main() -> int:
     from harden.attack import command as attack
     from harden.certify import command as certify
     from harden.gate import command as gate
-    from harden.gate import verify
+    from harden.gate import sign, verify
+    from harden.report import command as report
 
     if arguments.command == "train":
         return train.main(rest, "harden train")
-    return {"attack": attack, "certify": certify, "gate": gate, "verify": verify}[arguments.command].main(rest)
+    entry_points = {
+        "attack": attack,
+        "certify": certify,
+        "gate": gate,
+        "report": report,
+        "sign": sign,
+        "verify": verify,
+    }
+    return entry_points[arguments.command].main(rest)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,17 @@ from harden.locate.gradient import NeuronScores
 from harden.models import ChatModel
 from harden.objective import Row, benign_kl
 from harden.prompts import Prompt, Split
-from harden.results import AttackRecord, Mean, Measurement, NeuronRecord, Rate, ScreenRecord
+from harden.results import (
+    AttackRecord,
+    AttributionRecord,
+    Mean,
+    Measurement,
+    NeuronRecord,
+    Rate,
+    ScreenRecord,
+)
+
+MAP_COLUMNS = 48  # runs of neurons per layer in the map of attributions
 
 
 def attack_record(attempt: Attempt, split: Split) -> AttackRecord:
@@ -43,6 +53,29 @@ def neuron_records(candidates: Sequence[Candidate]) -> list[NeuronRecord]:
     return [
         NeuronRecord(neuron=str(c.neuron), score=c.score, harmful=c.harmful, harmless=c.harmless) for c in candidates
     ]
+
+
+def attribution_record(scores: NeuronScores) -> AttributionRecord:
+    """The attributions of all neurons, condensed to what a report draws; four significant digits."""
+    sizes = torch.cat(scores.attribution).abs().double()
+    total = max(float(sizes.sum()), torch.finfo(torch.float64).tiny)
+    shares = (sizes.sort(descending=True).values / total).cumsum(0)
+    ranks = sorted({min(len(shares), k * 10**n) for n in range(len(str(len(shares)))) for k in (1, 2, 5)})
+    layers = [[float(part.abs().max()) / total for part in _parts(layer)] for layer in scores.attribution]
+    return AttributionRecord(
+        neurons=len(shares),
+        effective_neurons=scores.effective_neurons(),
+        top_shares={k: _rounded(float(shares[k - 1])) for k in ranks},
+        map=[[_rounded(share) for share in layer] for layer in layers],
+    )
+
+
+def _parts(layer: torch.Tensor) -> Sequence[torch.Tensor]:
+    return layer.tensor_split(min(MAP_COLUMNS, len(layer)))
+
+
+def _rounded(number: float) -> float:
+    return float(f"{number:.4g}")
 
 
 def flipped(worst: Attempt, no_attack: Attempt) -> Rate:
@@ -78,6 +111,7 @@ def measure(
         over_refusal=Rate.of(refused, len(twins)),
         benign_kl=Mean.of(benign_divergence(responder.chat_model, benign, 16)),
         effective_neurons=scores.effective_neurons(),
+        attribution=attribution_record(scores),
         log_odds_harmful=Mean.of(scores.harmful_log_odds),
         log_odds_twins=Mean.of(scores.harmless_log_odds),
     )

@@ -148,6 +148,8 @@ class SuiteResults(Record):
     seed: int
     no_attack: ArmRecord
     over_refusal: Rate
+    attribution: AttributionRecord | None = None
+    """On the selection split; null where nothing was attacked."""
     attacks: list[AttackReport]
     concepts: list[ConceptRecord]
     max_new_tokens: int
@@ -178,6 +180,18 @@ class NeuronRecord(Record):
     harmless: float
 
 
+class AttributionRecord(Record):
+    """How refusal attribution (gradient x activation, absolute) is spread over all MLP neurons of a model."""
+
+    neurons: int
+    effective_neurons: float
+    """Participation ratio: 1 if one neuron carries all of it."""
+    top_shares: dict[int, float]
+    """By k: the share of the sum that the k neurons with the largest attribution hold."""
+    map: list[list[float]]
+    """By layer: the largest attribution within each of up to 48 equal runs of neurons, as a share of the sum."""
+
+
 class Measurement(Record):
     """Everything that is reported of a model on one split."""
 
@@ -193,6 +207,8 @@ class Measurement(Record):
     """KL(starting model || model) on the starting model's benign answers, nats per token."""
     effective_neurons: float
     """Participation ratio of gradient x activation on refusal log-odds, over all MLP neurons."""
+    attribution: AttributionRecord | None = None
+    """Null in runs of versions that did not record it."""
     log_odds_harmful: Mean
     log_odds_twins: Mean
 
@@ -318,6 +334,8 @@ class Certificate(Record):
     """With 95% confidence, at most so many of the neurons that were not scanned break the model by the same test."""
     drops_first: Spread | None
     drops_drawn: Spread | None
+    largest_drops: dict[str, float]
+    """By neuron, the scanned ones (up to 1000) whose mean log-odds fall most at their worst value, in nats."""
     judges: list[str]
     max_new_tokens: int
     seconds: float

@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 from harden import __version__, bundled, processes
 from harden.adapters import adapter_state, restore_adapter, save_adapter
 from harden.bench import Bench
+from harden.files import read_finished, write_atomically
 from harden.finetune import TrainingData, train_round
 from harden.interventions import Clamp
 from harden.measure import attack_record, count_flips, measure, neuron_records, screen_records
@@ -26,8 +27,10 @@ from harden.models import load_chat_model
 from harden.neurons import Neuron
 from harden.recipe import Recipe
 from harden.report.card import model_card
+from harden.report.page import report
+from harden.report.records import RunRecords
 from harden.results import AttackRecord, Measurement, Rate, Results, RoundRecord
-from harden.runfolder import RunFolder, read_finished, write_atomically
+from harden.runfolder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +243,7 @@ class Run:
         restore_adapter(self.chat_model.model, state)
 
     def save(self, results: Results) -> None:
-        """Write adapter/, model/ if asked for, README.md and, last, results.json."""
+        """Write adapter/, model/ if asked for, README.md, report.html and, last, results.json."""
         if processes.is_main():
             for config in self.chat_model.model.peft_config.values():
                 config.base_model_name_or_path = self.recipe.model.name
@@ -254,6 +257,8 @@ class Run:
             if self.recipe.save.merged:
                 _write_folder(self.folder.path / "model", self._save_merged)
             write_atomically(self.folder.path / "README.md", card)
+            page = report([RunRecords(self.folder.path.name, self.recipe, training=results)])
+            write_atomically(self.folder.path / "report.html", page.html)
             write_atomically(self.folder.path / "results.json", results.model_dump_json(indent=1) + "\n")
         processes.wait()
 

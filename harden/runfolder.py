@@ -14,14 +14,14 @@ from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, TypeAdapter
+from pydantic import TypeAdapter
 
 from harden import processes
 from harden.errors import HardenError
+from harden.files import write_atomically
 from harden.recipe import Recipe
 
 Value = TypeVar("Value")
-Model = TypeVar("Model", bound=BaseModel)
 
 Part = Literal["attack", "certificate", "locators"]  # such a run has its own folder inside the run folder
 BARELY_BEGUN = {".recipe.yaml.part"}  # all that a run leaves which is killed while it makes its folder
@@ -124,28 +124,6 @@ class RunFolder:
                 if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
                     file.write(b"\n")  # a kill cut the last line short
                 file.write(json.dumps({"time": round(time.time(), 3), **event}).encode() + b"\n")
-
-
-def read_finished(path: Path, kind: type[Model]) -> Model:
-    """The record of a finished run; HardenError if it cannot be read as one."""
-    try:
-        return kind.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HardenError(
-            f"{path} is damaged or of another version of harden ({' '.join(str(error).split())[:200]}); "
-            "give another --output"
-        ) from None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is whole or absent, even if the process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def _first_difference(saved: Any, recipe: Recipe) -> str | None:

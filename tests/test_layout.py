@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "harden"
 # A module imports only from lines above its own.
 LAYERS = """
 errors
+files
 neurons caches schema
 interventions recipe results processes
 policy
@@ -33,8 +34,11 @@ attack.records attack.screen attack.select attack.arms attack.published
 attack.respond
 attack.search
 objective
-measure finetune sharding report.card gate.reference gate.subject
-report.attacks report.certificate gate.evidence
+measure finetune sharding report.card report.figures report.records gate.reference gate.subject
+report.attacks report.certificate report.verdict
+report.page
+report.writing
+gate.evidence gate.cards
 gate.attestation
 runfolder
 bench
@@ -43,8 +47,9 @@ attack.concept
 attack.run rounds certify.run
 gate.run
 entry
-gate.verify
-attack.command certify.command gate.command train
+gate.signatures
+gate.verify gate.sign
+attack.command certify.command gate.command report.command train
 cli
 """.strip().splitlines()
 LINE = {module: number for number, line in enumerate(LAYERS) for module in line.split()}
@@ -93,6 +98,9 @@ def test_no_module_shadows_the_standard_library_or_a_dependency():
         "harden.attack.command",
         "harden.certify.command",
         "harden.report.certificate",
+        "harden.report.page",
+        "harden.report.records",
+        "harden.report.command",
         "harden.cli",
     ],
 )

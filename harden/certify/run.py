@@ -24,6 +24,7 @@ from harden.attack.select import select_candidates
 from harden.bench import Bench
 from harden.effects import log_odds_under
 from harden.errors import MeasurementError
+from harden.files import read_finished, write_atomically
 from harden.generate import mean, progress_bar
 from harden.interventions import Clamp, Scale
 from harden.locate.base import Candidate
@@ -32,10 +33,11 @@ from harden.neurons import Neuron
 from harden.recipe import Recipe
 from harden.report.certificate import certificate_card
 from harden.results import Certificate, NeuronScan, Rate, Spread, Suspect, most_missed
-from harden.runfolder import RunFolder, read_finished, write_atomically
+from harden.runfolder import RunFolder
 
 logger = logging.getLogger(__name__)
 
+LISTED = 1000  # neurons whose drop is in the certificate
 CHUNK = 64  # neurons that are scanned and saved together
 NOTHING = Scale(Neuron(0, 0), 1.0)  # an intervention that leaves everything as it is
 
@@ -98,6 +100,7 @@ def certify(recipe: Recipe) -> Certificate:
         most_missed=most_missed(population - len(first), len(drawn), len(random_ones & {*breakers, *unmeasured})),
         drops_first=_spread([drops[str(neuron)] for neuron in first]),
         drops_drawn=_spread([drops[str(neuron)] for neuron in drawn]),
+        largest_drops=_largest(drops),
         judges=bench.responder.judges,
         max_new_tokens=recipe.generation.max_new_tokens,
         seconds=round(folder.seconds(), 1),
@@ -286,6 +289,12 @@ def _drop(scan: NeuronScan, plain: float) -> float | None:
     """By how much the mean log-odds fall at the neuron's worst value; None where no value gives a number."""
     numbers = [odds for odds in scan.log_odds if odds is not None]
     return plain - min(numbers) if numbers else None
+
+
+def _largest(drops: Mapping[str, float | None]) -> dict[str, float]:
+    """The largest ones, largest first, to a thousandth."""
+    known = sorted(((drop, neuron) for neuron, drop in drops.items() if drop is not None), reverse=True)
+    return {neuron: round(drop, 3) for drop, neuron in known[:LISTED]}
 
 
 def _spread(drops: Sequence[float | None]) -> Spread | None:

@@ -53,9 +53,9 @@ def run(policy: ReleasePolicy, recipe: Recipe, reference: ModelSection, compare:
     start_logging()
 
     from harden import processes  # torch and transformers: only now, so that --help is instant
-    from harden.gate.evidence import WORDS, verdict_table
+    from harden.files import read_finished
     from harden.gate.run import gate
-    from harden.runfolder import read_finished
+    from harden.report.verdict import WORDS, verdict_table
 
     earlier = read_finished(Path(compare), GateResults) if compare else None
     with _deadline(policy.max_minutes):

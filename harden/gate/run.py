@@ -21,16 +21,21 @@ from harden import __version__, processes
 from harden.attack.run import attack
 from harden.certify.run import certify
 from harden.errors import HardenError, MeasurementError
+from harden.files import write_atomically
 from harden.gate.attestation import ATTESTATION, statement
-from harden.gate.evidence import environment, junit_xml, samples_jsonl, summary
+from harden.gate.cards import eval_results, model_card_section
+from harden.gate.evidence import environment, junit_xml, samples_jsonl
 from harden.gate.reference import benign_divergence, load
 from harden.gate.subject import subject_files
 from harden.judges.embedded import RULES
 from harden.policy import ReleasePolicy
 from harden.prompts import PromptSet, Split, load_splits
 from harden.recipe import ModelSection, Recipe
+from harden.report.page import report
+from harden.report.records import RunRecords
+from harden.report.verdict import summary
 from harden.results import Certificate, Mean, SuiteResults
-from harden.runfolder import RunFolder, write_atomically
+from harden.runfolder import RunFolder
 from harden.verdict import GateResults, Verdict, decide, regressions
 
 TEST_BENIGN = 48  # benign prompts on which the divergence from the reference is measured
@@ -141,13 +146,17 @@ def _write(
     device = processes.state().device
     described = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     seconds = suite.seconds + (results.certificate.seconds if results.certificate else 0.0)
+    records = RunRecords(path.name, recipe, suite=suite, certificate=results.certificate, gate=results, verdict=verdict)
     texts = {
         "policy.json": policy.model_dump_json(indent=1) + "\n",
         "results.json": results.model_dump_json(indent=1) + "\n",
         "samples.jsonl": samples_jsonl(suite),
         "junit.xml": junit_xml(verdict, seconds),
-        "environment.json": json.dumps(environment(described, torch.get_num_threads()), indent=1) + "\n",
+        "environment.json": json.dumps(environment(described, torch.get_num_threads(), recipe.seed), indent=1) + "\n",
         "README.md": summary(verdict, policy, recipe),
+        "report.html": report([records]).html,
+        "model-card.md": model_card_section(verdict, results, policy, recipe),
+        "eval_results.yaml": eval_results(results, policy, recipe),
         "verdict.json": verdict.model_dump_json(indent=1) + "\n",
     }
     evidence = {**texts, "recipe.yaml": (path / "recipe.yaml").read_text(encoding="utf-8")}

@@ -17,16 +17,20 @@ def subject_files(model: str, adapter: str | None) -> dict[str, str]:
 
     Raises HardenError where there is no such model, or it has no file of weights.
     """
-    found = _digests("model", str(bundled.resolve(model)), model)
+    found = _digests("model", model)
     if adapter:
-        found |= _digests("adapter", adapter, adapter)
+        found |= _digests("adapter", adapter)
     return found
 
 
-def _digests(label: str, source: str, name: str) -> dict[str, str]:
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = _fetched(label, name)
+def model_folder(label: str, name: str) -> Path:
+    """The folder of a model or an adapter: bundled, local, or fetched from the hub. Raises HardenError without one."""
+    folder = Path(str(bundled.resolve(name)) if label == "model" else name)
+    return folder if folder.is_dir() else _fetched(label, name)
+
+
+def _digests(label: str, name: str) -> dict[str, str]:
+    folder = model_folder(label, name)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     visible = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not any(path.suffix in (".safetensors", ".bin", ".gguf") for path in visible):

@@ -5,17 +5,22 @@ from __future__ import annotations
 from harden.recipe import Recipe
 from harden.report.judges import judge_note
 from harden.report.tables import markdown_table, rate_text
-from harden.results import ArmRecord, AttackReport, SuiteResults
+from harden.results import AgreementRecord, ArmRecord, AttackReport, SuiteResults
 
 
-def attack_table(results: SuiteResults) -> str:
-    """One row per attack, in Markdown: one arm on the test split, and the union over all of its arms."""
+def attack_rows(results: SuiteResults) -> list[tuple[str, ...]]:
+    """One row per attack, the heading first: one arm on the test split, and the union over all of its arms."""
     rows = [("attack, test split", "arm", "attack success", "degenerate", "unjudged", "union of arms", "p (Holm)")]
     rows.append(("none", "", *_rates(results.no_attack), "", ""))
     rows += [_row(report) for report in results.attacks]
     if all(row[4] == "0" for row in rows[1:]):
         rows = [(*row[:4], *row[5:]) for row in rows]
-    parts = [markdown_table(rows)]
+    return rows
+
+
+def attack_table(results: SuiteResults) -> str:
+    """`attack_rows` in Markdown, and what else was measured."""
+    parts = [markdown_table(attack_rows(results))]
     if results.concepts:
         concepts = [("concept, benign test prompts", "without", "amplified", "degenerate")]
         concepts += [
@@ -24,13 +29,17 @@ def attack_table(results: SuiteResults) -> str:
         ]
         parts.append(markdown_table(concepts))
     if results.agreement:
-        kappa = "undefined" if results.agreement.kappa is None else f"{results.agreement.kappa:.2f}"
-        parts.append(
-            f"Outcomes are the worst of both judges. They agree on {rate_text(results.agreement.rate)}, kappa {kappa}; "
-            f"{results.agreement.unjudged} were left unjudged."
-        )
+        parts.append(agreement_text(results.agreement))
     parts.append(f"over-refusal (benign look-alikes): {rate_text(results.over_refusal)}")
     return "\n\n".join(parts)
+
+
+def agreement_text(agreement: AgreementRecord) -> str:
+    kappa = "undefined" if agreement.kappa is None else f"{agreement.kappa:.2f}"
+    return (
+        f"Outcomes are the worst of both judges. They agree on {rate_text(agreement.rate)}, kappa {kappa}; "
+        f"{agreement.unjudged} were left unjudged."
+    )
 
 
 def attack_card(results: SuiteResults, recipe: Recipe) -> str:
@@ -73,10 +82,17 @@ def _refined(recipe: Recipe) -> str:
     return f", and {factors} times the best" if factors else ""
 
 
+def shown_arm(report: AttackReport) -> ArmRecord:
+    """The arm that was worst on the selection split; where nothing was chosen there, the worst on test."""
+    if report.tried:
+        return report.arms[0]
+    return max(report.arms, key=lambda arm: arm.comply.count)
+
+
 def _row(report: AttackReport) -> tuple[str, ...]:
-    shown, label = report.arms[0], report.arms[0].label
-    if not report.tried and len(report.arms) > 1:  # nothing was chosen on the selection split
-        shown = max(report.arms, key=lambda arm: arm.comply.count)
+    shown = shown_arm(report)
+    label = shown.label
+    if not report.tried and len(report.arms) > 1:
         label = f"{shown.label} (worst of {len(report.arms)} on test)"
     union = rate_text(report.union) + f", {len(report.arms)} arms" if len(report.arms) > 1 else ""
     return report.attack, label, *_rates(shown), union, f"{shown.p_holm:.2g}"

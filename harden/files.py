@@ -1,0 +1,35 @@
+"""Files that are whole or absent, and records that are read back from them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel
+
+from harden.errors import HardenError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_finished(path: Path, kind: type[Model]) -> Model:
+    """The record of a finished run; HardenError if it cannot be read as one."""
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HardenError(
+            f"{path} is damaged or of another version of harden ({' '.join(str(error).split())[:200]}); "
+            "give another --output"
+        ) from None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is whole or absent, even if the process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

@@ -1,0 +1,212 @@
+"""Reports: what a reader of the page finds, from records made on the planted model and by hand."""
+
+import html.parser
+import re
+import shutil
+import struct
+import subprocess
+from xml.etree import ElementTree
+
+import pytest
+from conftest import ROOT
+
+from harden.attack.run import attack
+from harden.certify.run import certify
+from harden.cli import main as cli
+from harden.planted import PLANTED_NEURON
+from harden.recipe import load_recipe
+from harden.report.command import main
+from harden.rounds import harden
+
+TINY = {
+    "locate": {"prompts": 8},
+    "attack": {
+        "locators": ["gradient"], "sizes": [-2, 2], "refine": [], "candidates": 2, "heat_one": 2,
+        "heat_one_prompts": 4, "finalists": 2, "selection_prompts": 8, "test_prompts": 20,
+    },
+    "suite": {"attacks": ["constant", "topk"], "top": 1, "sweep": [0.25, 0.5], "most_share": 0.1},
+    "certify": {"locators": ["gradient"], "top": 6, "sample": 10, "sizes": [-2, 2], "prompts": 4, "test_prompts": 10},
+    "train": {"steps": 2},
+    "rounds": {"max": 1, "tolerance": 0.0},
+}  # fmt: skip
+VOID = {"meta", "br", "path", "use"}
+PLOTS = ["attacks", "attribution-map", "attribution-spectrum", "drops", "neurons", "values"]
+
+
+class Page(html.parser.HTMLParser):
+    """The page's visible words, the elements that are left open, and whatever it would fetch."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.words, self.fetched, self.ids = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        links = [given[name] for name in ("src", "href", "xlink:href") if name in given]
+        self.fetched += [link for link in links if not link.startswith(("#", "data:"))]
+        self.ids += [given["id"]] if "id" in given else []
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data.strip())
+
+    @property
+    def text(self):
+        return " ".join(word for word in self.words if word)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder that was trained, and one that was attacked and certified."""
+    folder = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HARDEN_CACHE", str(folder / "cache"))
+        trained, attacked = (
+            load_recipe(ROOT / "recipes/planted/harden.yaml", {**TINY, "output": str(folder / name)})
+            for name in ("trained", "attacked")
+        )
+        harden(trained)
+        attack(attacked)
+        certify(attacked)
+    return folder
+
+
+def page_of(folder, *options):
+    """The page that `harden report` writes about these folders."""
+    output = folder / "page.html"
+    assert main([*map(str, options), "--output", str(output)]) == 0
+    return output.read_text()
+
+
+def test_a_training_run_leaves_a_report_that_shows_before_and_after(runs):
+    text = (runs / "trained/report.html").read_text()
+    page = Page(text)
+    assert page.open == [] and page.fetched == [] and len(page.ids) == len(set(page.ids))
+    assert re.search(r"Tolerance (not )?met on the selection split", page.text)
+    assert f"{PLANTED_NEURON} clamped to" in page.text and "before" in page.words and "after" in page.words
+    for figure in ("attacks", "rounds", "attribution-map", "attribution-spectrum"):
+        assert figure in page.ids
+    assert "http://" not in re.sub(r"http://www\.w3\.org/\S+", "", text) and "@import" not in text
+
+
+def test_the_page_of_an_attack_says_what_was_done_and_what_came_of_it(runs, tmp_path):
+    page = Page(page_of(tmp_path, runs / "attacked"))
+    assert "not judged" in page.text and f"clamp {PLANTED_NEURON}" in page.text
+    assert "20 test prompts" in page.text and "100.0% [83.2%, 100.0%], n=20" in page.words
+    assert "with 95% confidence at most" in page.text.lower() and "1 breaks the model" in page.text
+    assert set(PLOTS) <= set(page.ids)
+
+
+def test_prompts_are_shown_by_id_and_their_texts_only_on_request(runs, tmp_path):
+    texts = [prompt for prompt in (ROOT / "recipes/planted/harmful.jsonl").read_text().split('"text": "')[1:]]
+    texts = [text.split('"')[0] for text in texts]
+    closed, opened = (page_of(tmp_path, runs / "attacked", *options) for options in ([], ["--texts"]))
+    assert not any(text in closed for text in texts)
+    assert sum(text in opened for text in texts) == 20
+
+
+def test_folders_are_compared_side_by_side(runs, tmp_path):
+    page = Page(page_of(tmp_path, runs / "trained", runs / "attacked"))
+    columns = ["trained: before", "trained: after", "attacked"]
+    first = page.words.index(columns[0])
+    assert [word for word in page.words[first:] if word][:3] == columns
+    assert page.open == [] and len(page.ids) == len(set(page.ids))
+
+
+def test_each_figure_is_a_file_on_request(runs, tmp_path):
+    page_of(tmp_path, runs / "attacked", "--plots", tmp_path / "plots")
+    assert sorted(path.stem for path in (tmp_path / "plots").glob("*.svg")) == PLOTS
+    for name in PLOTS:
+        assert ElementTree.parse(tmp_path / f"plots/{name}.svg").getroot().tag.endswith("svg")
+        image = (tmp_path / f"plots/{name}.png").read_bytes()
+        width, height = struct.unpack(">II", image[16:24])
+        assert image.startswith(b"\x89PNG") and width > 800 and height > 200
+
+
+def test_the_same_records_give_the_same_page(runs, tmp_path):
+    assert page_of(tmp_path, runs / "attacked") == page_of(tmp_path, runs / "attacked")
+
+
+def test_what_a_model_name_holds_is_text_and_no_markup(runs, tmp_path):
+    shutil.copytree(runs / "attacked", tmp_path / "odd")
+    path = tmp_path / "odd/attack/attack.json"
+    record = re.sub(r'"model":\s*"[^"]*"', '"model": "<script>alert(1)</script>"', path.read_text(), count=1)
+    path.write_text(record)
+    page = page_of(tmp_path, tmp_path / "odd")
+    assert "<script" not in page and "&lt;script&gt;" in page
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda path: shutil.rmtree(path / "attack"), "holds no finished run"),
+        (lambda path: (path / "attack/attack.json").write_text("{"), "damaged or of another version"),
+        (lambda path: (path / "attack/recipe.yaml").unlink(), "no recipe.yaml"),
+        (lambda path: (path / "report.html").write_text("mine"), "is no report of harden"),
+        (lambda path: (path / "report.html").mkdir(), "cannot write"),
+    ],
+)
+def test_what_cannot_be_reported_is_one_line_and_loses_nothing(runs, tmp_path, capsys, spoil, said):
+    shutil.copytree(runs / "attacked", tmp_path / "run", ignore=shutil.ignore_patterns("certificate"))
+    spoil(tmp_path / "run")
+    kept = [path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+    assert main([str(tmp_path / "run")]) == 2
+    assert said in capsys.readouterr().err
+    assert [path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()] == kept
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["{run}", "{run}", "--output", "x.html"], "given twice"),
+        (["{run}", "{other}"], "--output FILE"),
+        (["{other}/nowhere"], "holds no finished run"),
+        (["{run}", "--output", "{run}/p.html", "--plots", "{run}"], "is no plot of this report"),
+    ],
+)
+def test_mistakes_are_named(runs, tmp_path, capsys, options, said):
+    shutil.copytree(runs / "attacked", tmp_path / "run")
+    assert main([part.format(run=tmp_path / "run", other=runs / "trained") for part in options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_texts_that_are_gone_are_an_error_and_categories_are_left_out(runs, tmp_path, capsys):
+    shutil.copytree(runs / "attacked", tmp_path / "run")
+    for recipe in (tmp_path / "run").glob("*/recipe.yaml"):
+        recipe.write_text(recipe.read_text().replace("harmful.jsonl", "gone.jsonl"))
+    assert "Test prompts" in page_of(tmp_path, tmp_path / "run")
+    assert main([str(tmp_path / "run"), "--texts", "--output", str(tmp_path / "other.html")]) == 2
+    assert "gone.jsonl" in capsys.readouterr().err
+
+
+def test_the_command_knows_it(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["harden", "report", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        cli()
+    assert stopped.value.code == 0 and "side by side" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_shows_the_page_without_scrolling_sideways(runs, tmp_path, width):
+    """The page fits; only wide tables scroll, by themselves."""
+    probe = "<script>document.title = document.documentElement.scrollWidth + '/' + innerWidth</script></body>"
+    page = tmp_path / "probe.html"
+    page.write_text(page_of(tmp_path, runs / "trained", runs / "attacked").replace("</body>", probe))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    where = [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom", page.as_uri()]
+    done = subprocess.run(["chromium", *options, *where], capture_output=True, text=True, timeout=120, check=True)
+    scrolled, shown = re.search(r"<title>(\d+)/(\d+)</title>", done.stdout).groups()
+    assert int(scrolled) <= int(shown)
