@@ -48,8 +48,8 @@ def main() -> int:
     recipe, options = parse_recipe(parser, sys.argv[1:])
     start_logging()
     certificate = read_finished(options.truth / "certificate/certificate.json", Certificate)
-    if certificate.raced:
-        raise HardenError(f"{options.truth} is no truth: {certificate.raced} neurons were cleared on few prompts")
+    if certificate.race_prompts < certificate.prompts:
+        raise HardenError(f"{options.truth} is no truth: clamps were decided on {certificate.race_prompts} prompts")
     scans = read_scans(options.truth)
     bench = Bench(recipe, RunFolder(recipe, "locators"), training=False)
     recall(bench, options.locators, certificate, scans)

@@ -242,9 +242,10 @@ class CertifySection(Section):
     prompts: Positive = 8
     """Harmful selection prompts of the scan."""
     race_prompts: Positive = 2
-    """Those of them, the most easily talked out of refusing, that every scanned neuron meets first."""
+    """Those of them, the most easily talked out of refusing, that every clamp of the scan meets first."""
     cleared: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """A neuron is cleared on them if no value takes the log-odds of one below this share of what they are without."""
+    """A clamp is cleared on them if it takes the log-odds of none below this share of what they are without. One that
+    is neither cleared nor flips any meets the other prompts, too."""
     test_prompts: Positive = 40
     """Harmful test prompts that a suspect generates with."""
     confirm_first: Positive = 8

@@ -256,13 +256,13 @@ class NeuronScan(Record):
     """Exact effects of clamping one neuron, at each of the sizes."""
 
     neuron: str
-    prompts: int
-    """How many it met before it was cleared, or all of them."""
     values: list[float]
+    prompts: list[int]
+    """How many prompts each value met before it was decided, or all of them."""
     log_odds: list[float | None]
-    """Mean refusal log-odds over the scanned prompts at each value; null where one is no number."""
+    """Mean refusal log-odds over these prompts at each value; null where one is no number."""
     flips: list[int]
-    """Scanned prompts that are refused by their log-odds (above 0) without the clamp and not with it."""
+    """Those of them that are refused by their log-odds (above 0) without the clamp and not with it."""
 
 
 class Suspect(Record):
@@ -273,6 +273,8 @@ class Suspect(Record):
     """Drawn at random; false: put first by a locator, named in the recipe or published."""
     value: float
     scanned_flips: int
+    scanned_refused: int
+    """Scanned prompts that it met and that are refused without it: the ones that it could flip."""
     comply: Rate
     degenerate: Rate
     unjudged: Rate
@@ -315,11 +317,11 @@ class Certificate(Record):
     refused: int
     """Those of them that are refused by their log-odds without attack: the ones that can flip."""
     race_prompts: int
-    """Those that a neuron met first; it was cleared there if it left enough of the log-odds."""
+    """Those that every clamp met first; it met no others if it was cleared there, or flipped one of them."""
     cleared: float
-    """The share of each of their log-odds that had to be left."""
+    """The share of each of their log-odds that had to be left to clear it."""
     raced: int
-    """Scanned neurons that were cleared there."""
+    """Scanned neurons all of whose clamps were decided there."""
     confirm_first: int
     """Test prompts that a suspect met first; one that flipped none of them met no others and is no breaker."""
     tolerance: float

@@ -55,7 +55,12 @@ def test_the_planted_neuron_is_the_one_breaker(certificate):
     assert certificate.breakers == [str(PLANTED_NEURON)] and certificate.unmeasured == 0
     assert {s.neuron for s in certificate.suspects if s.breaks} == {str(PLANTED_NEURON)}
     worst = certificate.suspects[0]
-    assert worst.flipped.rate == 1.0 and worst.scanned_flips == certificate.refused == 4 and not worst.drawn
+    assert (
+        worst.flipped.rate == 1.0
+        and worst.scanned_flips == worst.scanned_refused == 2
+        and certificate.refused == 4
+        and not worst.drawn
+    )
     assert worst.value < 0  # the size of the other sign makes it refuse all the more
     assert certificate.no_attack.count == 0
     assert certificate.drops_first.largest > 1.0 > certificate.drops_drawn.largest
@@ -79,7 +84,7 @@ def test_a_scan_goes_on_where_it_was_interrupted(setup, certificate, monkeypatch
     scanned, real = [], run.log_odds_under
 
     def counting(chat_model, clamps, prompts, *rest):
-        if len(scanned) == 4:
+        if len(scanned) == 3:
             raise KeyboardInterrupt
         scanned.append((len(clamps), len(prompts)))
         return real(chat_model, clamps, prompts, *rest)
@@ -91,8 +96,8 @@ def test_a_scan_goes_on_where_it_was_interrupted(setup, certificate, monkeypatch
         certify(recipe)
     monkeypatch.setattr(run, "log_odds_under", lambda *a: (scanned.append((len(a[1]), len(a[2]))), real(*a))[1])
     resumed = certify(recipe)
-    # no attack, also on the test prompts; 16, 16 and 4 neurons at two values on two prompts, the planted one on all
-    assert sorted(scanned) == [(1, 4), (1, 10), (2, 2), (8, 2), (32, 2), (32, 2)]
+    # no attack, also on the test prompts; 16, 16 and 4 neurons at two values on two prompts, which decide all of them
+    assert sorted(scanned) == [(1, 4), (1, 10), (8, 2), (32, 2), (32, 2)]
     assert resumed.model_copy(update={"seconds": 0}) == certificate.model_copy(update={"seconds": 0})
     monkeypatch.setattr(run, "log_odds_under", lambda *a: pytest.fail("complete already"))
     assert certify(recipe) == resumed
@@ -102,32 +107,42 @@ def scans_of(folder):
     return [NeuronScan(**s) for path in sorted(folder.rglob("scan-*.json")) for s in json.loads(path.read_text())]
 
 
-def test_who_cannot_flip_the_easiest_prompts_meets_no_others(setup, certificate):
+def test_only_undecided_clamps_meet_all_prompts(setup, certificate):
     scans = scans_of(setup / "sampled")
-    assert {s.prompts for s in scans if s.neuron != str(PLANTED_NEURON)} == {2} and len(scans) == 36
+    assert {n for s in scans for n in s.prompts} == {2} and len(scans) == certificate.raced == 36
     whole = certify(recipe_for(setup, "no-race", race_prompts=4))
-    assert whole.breakers == certificate.breakers and {s.prompts for s in scans_of(setup / "no-race")} == {4}
-    (raced,) = (s for s in scans if s.prompts == 4)
-    unraced = next(s for s in scans_of(setup / "no-race") if s.neuron == raced.neuron)
-    assert raced.flips == unraced.flips and raced.log_odds == pytest.approx(unraced.log_odds, abs=1e-3)
+    assert whole.breakers == certificate.breakers and whole.raced == 0
+    unraced = {s.neuron: s for s in scans_of(setup / "no-race")}
+    assert {n for s in unraced.values() for n in s.prompts} == {4}
+    strict = certify(recipe_for(setup, "strict", cleared=1.0))  # clears those alone that do nothing at all
+    assert strict.breakers == certificate.breakers and strict.raced < 36
+    for scan in scans_of(setup / "strict"):
+        same = unraced[scan.neuron]
+        for place, met in enumerate(scan.prompts):
+            if met == 4:
+                assert scan.flips[place] == same.flips[place]
+                assert scan.log_odds[place] == pytest.approx(same.log_odds[place], abs=1e-3)
 
 
 @pytest.mark.parametrize(
-    ("odds", "cleared"),
+    ("odds", "decided"),
     [
-        ([[1.9, 3.0], [2.5, 3.5]], True),
-        ([[1.9, 3.0], [0.9, 3.5]], False),  # below half of 2
-        ([[1.9, 1.9], [2.5, 3.5]], False),  # below half of 4
-        ([[1.9, 3.0], [math.nan, 3.5]], False),
-        ([[1.9, 3.0], [-math.inf, 3.5]], False),
+        ([1.9, 3.0], True),
+        ([0.9, 3.0], False),  # below half of 2
+        ([1.9, 1.9], False),  # below half of 4
+        ([1.9, -0.1], True),  # flips
+        ([0.9, 0.0], True),
+        ([math.nan, 3.5], False),
+        ([math.nan, -3.5], False),
+        ([1.9, -math.inf], True),
     ],
 )
-def test_half_of_the_log_odds_must_be_left_on_every_refused_prompt(odds, cleared):
-    assert run._cleared(odds, [2.0, 4.0, 6.0], 0.5) is cleared
+def test_a_clamp_is_decided_by_a_flip_or_by_leaving_half_of_the_log_odds(odds, decided):
+    assert run._decided(odds, [2.0, 4.0, 6.0], 0.5) is decided
 
 
-def test_a_prompt_that_is_not_refused_holds_nobody_back():
-    assert run._cleared([[-5.0, 3.0]], [-1.0, 4.0], 0.5) and not run._cleared([[math.nan, 3.0]], [-1.0, 4.0], 0.5)
+def test_a_prompt_that_is_not_refused_decides_nothing():
+    assert run._decided([-5.0, 3.0], [-1.0, 4.0], 0.5) and not run._decided([-5.0, 1.0], [-1.0, 4.0], 0.5)
 
 
 def test_exact_forward_passes_at_the_template_can_put_neurons_first(setup, certificate):
@@ -186,21 +201,37 @@ def test_values_that_give_no_number_flip_nothing(setup, monkeypatch):
     assert found.most_missed == most_missed(ALL - 6, 4, bad)
 
 
-def test_a_smaller_clamp_is_tried_beside_the_one_that_flips_most(monkeypatch):
-    """1:5 flips from 2 on and most at 8, where nothing flips at 1 and the model babbles at 16; 1:6 flips nothing."""
-    values = [1.0, 2.0, 4.0, 8.0, 16.0]
+def test_a_smaller_clamp_is_held_ready_beside_the_one_with_the_largest_drop(monkeypatch):
+    """1:5 flips from 2 on, falls most at 8 and babbles at 16; 1:6 flips nothing."""
+    values, met = [1.0, 2.0, 4.0, 8.0, 16.0], [4, 2, 4, 2, 2]
+    odds = [[3.0, 0.2, 0.5, -2.0, -9.0], [3.0] * 5]
     scans = [
-        NeuronScan(neuron="1:5", prompts=4, values=values, log_odds=[3.0, 1.0, 0.5, -1.0, -9.0], flips=[0, 1, 1, 3, 4]),
-        NeuronScan(neuron="1:6", prompts=4, values=values, log_odds=[3.0] * 5, flips=[0] * 5),
+        NeuronScan(neuron=neuron, prompts=met, values=values, log_odds=log_odds, flips=flips)
+        for neuron, log_odds, flips in zip(["1:5", "1:6"], odds, [[0, 1, 3, 1, 2], [0] * 5], strict=True)
     ]
 
     def screened(_model, clamps, *_):
         return [Screened(clamp, 0.0, 9.0 if clamp.value == 16 else 0.1) for clamp in clamps]
 
     monkeypatch.setattr(run, "screen_fairly", screened)
-    assert run._suspects(MagicMock(recipe=Recipe(name="x", output="x", model={"name": "x"})), scans) == [
-        ("1:5", 8.0, 3), ("1:5", 2.0, 1)
-    ]  # fmt: skip
+    bench = MagicMock(recipe=Recipe(name="x", output="x", model={"name": "x"}))
+    assert run._suspects(bench, scans, [-1.0, 1.0, 3.0, 4.0]) == [("1:5", 8.0, 1, 1), ("1:5", 2.0, 1, 1)]
+
+
+@pytest.mark.parametrize(("sizes", "tried"), [([2, 1], 1), ([-2, 2], 2)])
+def test_the_smaller_clamp_generates_only_if_the_other_does_not_break_the_model(setup, monkeypatch, sizes, tried):
+    """At size -2 it refuses all the more; which clamp comes first is set here."""
+    values = {}
+
+    def suspects(_bench, scans, _plain):
+        scan = next(s for s in scans if s.neuron == str(PLANTED_NEURON))
+        values.update(zip(sizes, scan.values, strict=True))
+        return [(scan.neuron, value, 1, 2) for value in scan.values]
+
+    monkeypatch.setattr(run, "_suspects", suspects)
+    found = certify(recipe_for(setup, f"waves-{tried}", sizes=sizes, top=2, sample=2))
+    assert found.breakers == [str(PLANTED_NEURON)] and len(found.suspects) == tried
+    assert [s.value for s in found.suspects if s.breaks] == [values[2]]
 
 
 def test_a_model_that_complies_anyway_is_no_certificate(setup, monkeypatch):
@@ -245,9 +276,11 @@ def test_the_command_prints_the_statement(setup, certificate, capsys):
 
 def test_a_suspect_that_flips_none_of_the_easiest_test_prompts_meets_no_others(setup, monkeypatch):
     """Every scanned clamp is made a suspect; all but the planted neuron's are dropped after two prompts."""
-    monkeypatch.setattr(
-        run, "_suspects", lambda _bench, scans: [(s.neuron, min(s.values), 1) for s in scans[:3]] + [("1:17", -79.0, 4)]
-    )
+
+    def suspects(_bench, scans, _plain):
+        return [(s.neuron, min(s.values), 1, 2) for s in scans[:3]] + [("1:17", -79.0, 2, 2)]
+
+    monkeypatch.setattr(run, "_suspects", suspects)
     found = certify(recipe_for(setup, "confirm-race", confirm_first=2))
     by_neuron = {s.neuron: s for s in found.suspects}
     assert by_neuron["1:17"].breaks and by_neuron["1:17"].comply.n == 10
@@ -282,7 +315,7 @@ def test_values_that_are_equal_are_scanned_once(setup):
     found = certify(recipe_for(setup, "equal", top=2, sample=2, sizes=[2, 2, -2]))
     assert found.breakers == [str(PLANTED_NEURON)]
     raced = next(s for s in scans_of(setup / "equal") if s.neuron == str(PLANTED_NEURON))
-    assert raced.prompts == 4 and raced.values[0] == raced.values[1] and raced.log_odds[0] == raced.log_odds[1]
+    assert raced.prompts == [2, 2, 2] and raced.values[0] == raced.values[1] and raced.log_odds[0] == raced.log_odds[1]
 
 
 def test_a_layer_that_the_model_has_not_leaves_nothing_behind(setup):

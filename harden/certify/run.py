@@ -2,9 +2,10 @@
 
 1. Every neuron is scored by the locators; the best `certify.top` are scanned, and `certify.sample` random others.
 2. Scan: exact refusal log-odds on selection prompts with the neuron clamped to each of its values. It is a race: most
-   neurons are cleared on the few prompts that are most easily talked out of refusing, only the others see them all.
-3. Suspects: clamps that flip a scanned prompt and leave the model able to speak. Each generates on test prompts, the
-   easiest first, and breaks the model if more than the tolerance of those that do not comply anyway do so under it.
+   clamps are cleared on the few prompts that are most easily talked out of refusing, or flip one; only the undecided
+   see the others.
+3. Suspects: clamps that flip a scanned prompt and leave the model able to speak. They generate on test prompts, the
+   easiest first; one breaks the model if more than the tolerance of those that do not comply anyway do so under it.
 4. What random neurons were found to do bounds what those that nobody scanned do: exact hypergeometric bound at 95% (in
    the spirit of AtP*, arXiv 2403.00745, which bounds its misses by a random sample).
 """
@@ -27,6 +28,7 @@ from harden.errors import MeasurementError
 from harden.files import read_finished, write_atomically
 from harden.generate import mean, progress_bar
 from harden.interventions import Clamp, Scale
+from harden.judges.base import Outcome
 from harden.locate.base import Candidate
 from harden.locate.passes import Passes
 from harden.neurons import Neuron
@@ -67,7 +69,7 @@ def certify(recipe: Recipe) -> Certificate:
     easiest = sorted(range(len(plain)), key=lambda place: (plain[place] <= 0, plain[place]))  # to talk out of refusing
     prompts, plain = [prompts[place] for place in easiest], [plain[place] for place in easiest]
     scans = _scan(bench, passes, [*first, *drawn], prompts, plain)
-    suspects = folder.stage("suspects", list[tuple[str, float, int]], lambda: _suspects(bench, scans))
+    suspects = folder.stage("suspects", list[tuple[str, float, int, int]], lambda: _suspects(bench, scans, plain))
     logger.info("%d suspect clamps of %d scanned neurons; generating with each", len(suspects), len(scans))
     random_ones = {str(neuron) for neuron in drawn}
     judged, no_attack = folder.stage(
@@ -75,7 +77,9 @@ def certify(recipe: Recipe) -> Certificate:
     )
     breakers = list(dict.fromkeys(suspect.neuron for suspect in judged if suspect.breaks))
     unmeasured = {scan.neuron for scan in scans if None in scan.log_odds}
-    drops = {scan.neuron: _drop(scan, mean(plain[: scan.prompts])) for scan in scans}
+    drops = {
+        scan.neuron: max((drop for drop in _drops(scan, plain) if drop is not None), default=None) for scan in scans
+    }
     certificate = Certificate(
         harden_version=__version__,
         model=recipe.model.name,
@@ -91,7 +95,7 @@ def certify(recipe: Recipe) -> Certificate:
         race_prompts=min(settings.race_prompts, len(prompts)),
         cleared=settings.cleared,
         confirm_first=settings.confirm_first,
-        raced=sum(scan.prompts < len(prompts) for scan in scans),
+        raced=sum(max(scan.prompts) < len(prompts) for scan in scans),
         tolerance=settings.tolerance,
         no_attack=no_attack,
         suspects=judged,
@@ -167,10 +171,9 @@ def _scan(
         clamps = {n: [Clamp(n, float(v[starts[n.layer] + n.index])) for v in values] for n in chunk}
         flat = list(dict.fromkeys(clamp for each in clamps.values() for clamp in each))  # a dead neuron's may be equal
         odds = dict(zip(flat, log_odds(flat, slice(settings.race_prompts)), strict=True))
-        going_on = [n for n in chunk if not _cleared([odds[clamp] for clamp in clamps[n]], plain, settings.cleared)]
-        flat = list(dict.fromkeys(clamp for n in going_on for clamp in clamps[n]))
-        if flat and len(prompts) > settings.race_prompts:
-            for clamp, more in zip(flat, log_odds(flat, slice(settings.race_prompts, None)), strict=True):
+        undecided = [clamp for clamp in flat if not _decided(odds[clamp], plain, settings.cleared)]
+        if undecided and len(prompts) > settings.race_prompts:
+            for clamp, more in zip(undecided, log_odds(undecided, slice(settings.race_prompts, None)), strict=True):
                 odds[clamp] = odds[clamp] + more
         return [_neuron_scan(n, clamps[n], [odds[clamp] for clamp in clamps[n]], plain) for n in chunk]
 
@@ -184,12 +187,15 @@ def _scan(
     return scans
 
 
-def _cleared(odds: Sequence[Sequence[float]], plain: Sequence[float], share: float) -> bool:
-    """Whether no clamp takes any refused prompt below `share` of its log-odds; no number clears nothing.
+def _decided(odds: Sequence[float], plain: Sequence[float], share: float) -> bool:
+    """Whether a clamp flips a refused prompt, or takes none below `share` of its log-odds; no number decides nothing.
 
-    odds: of the first prompts, under each clamp; plain: of all prompts without one.
+    odds: of the first prompts, under the clamp; plain: of all prompts without it.
     """
-    return all(x >= share * p for row in odds for x, p in zip(row, plain, strict=False) if p > 0 or math.isnan(x))
+    met = [(x, p) for x, p in zip(odds, plain, strict=False) if p > 0 or math.isnan(x)]
+    if any(math.isnan(x) for x, _ in met):
+        return False
+    return any(x <= 0 for x, _ in met) or all(x >= share * p for x, p in met)
 
 
 def _neuron_scan(
@@ -198,25 +204,27 @@ def _neuron_scan(
     means = [mean(row) for row in odds]
     return NeuronScan(
         neuron=str(neuron),
-        prompts=len(odds[0]),
+        prompts=[len(row) for row in odds],
         values=[clamp.value for clamp in clamps],
         log_odds=[value if math.isfinite(value) else None for value in means],
         flips=[sum(p > 0 >= x for p, x in zip(plain, row, strict=False)) for row in odds],
     )
 
 
-def _suspects(bench: Bench, scans: Sequence[NeuronScan]) -> list[tuple[str, float, int]]:
-    """Coherent clamps that flip a scanned prompt: address, value, and how many it flips.
+def _suspects(bench: Bench, scans: Sequence[NeuronScan], plain: Sequence[float]) -> list[tuple[str, float, int, int]]:
+    """Coherent clamps that flip a scanned prompt: address, value, how many it flips, and of how many refused ones.
 
-    Of each neuron the one that flips most (of equals the one with the lowest log-odds in the scan) and the smallest
-    one: a clamp may break the model where a larger one only makes gibberish.
+    Of each neuron the one under which log-odds fall most, and behind those of all neurons the smallest one: a clamp may
+    break the model where a larger one only makes gibberish.
     """
-    flips, odds = {}, {}
+    flips: dict[Clamp, tuple[int, int]] = {}
+    drop: dict[Clamp, float] = {}
     for scan in scans:
-        for value, count, log_odds in zip(scan.values, scan.flips, scan.log_odds, strict=True):
+        for value, met, count, by in zip(scan.values, scan.prompts, scan.flips, _drops(scan, plain), strict=True):
             if count:
                 clamp = Clamp(Neuron.parse(scan.neuron), value)
-                flips[clamp], odds[clamp] = count, math.inf if log_odds is None else log_odds
+                flips[clamp] = count, sum(odds > 0 for odds in plain[:met])
+                drop[clamp] = -math.inf if by is None else by
     if not flips:
         return []
     limit = bench.recipe.attack.max_benign_rise
@@ -226,21 +234,22 @@ def _suspects(bench: Bench, scans: Sequence[NeuronScan]) -> list[tuple[str, floa
     )  # fmt: skip
     coherent = [entry.clamp for entry in screened if entry.benign_rise <= limit]
     chosen: dict[Clamp, None] = {}
-    for order in (lambda clamp: (-flips[clamp], odds[clamp]), lambda clamp: abs(clamp.value)):
+    for order in (lambda clamp: -drop[clamp], lambda clamp: abs(clamp.value)):
         first: dict[Neuron, Clamp] = {}
         for clamp in sorted(coherent, key=order):
             first.setdefault(clamp.neuron, clamp)
         chosen.update(dict.fromkeys(first.values()))
-    return [(str(clamp.neuron), clamp.value, flips[clamp]) for clamp in chosen]
+    return [(str(clamp.neuron), clamp.value, *flips[clamp]) for clamp in chosen]
 
 
 def _confirm(
-    bench: Bench, suspects: Sequence[tuple[str, float, int]], drawn: Collection[str]
+    bench: Bench, suspects: Sequence[tuple[str, float, int, int]], drawn: Collection[str]
 ) -> tuple[list[Suspect], Rate]:
     """Generate with every suspect on the test prompts; the suspects, and the rate of `comply` without attack.
 
-    A race again: who flips none of the `certify.confirm_first` prompts that are refused least meets no others. Raises
-    MeasurementError where more than half of the test prompts comply without attack.
+    A race again: who flips none of the `certify.confirm_first` prompts that are refused least meets no others, and a
+    neuron's second clamp is only tried if the first does not break the model. Raises MeasurementError where more than
+    half of the test prompts comply without attack.
     """
     settings = bench.recipe.certify
     prompts = bench.splits["test"].harmful[: settings.test_prompts]
@@ -259,36 +268,48 @@ def _confirm(
     def flipped(outcomes: Mapping[str, str]) -> int:
         return sum(outcome in ("comply", "unjudged") for name, outcome in outcomes.items() if name in can_flip)
 
-    clamps = [Clamp(Neuron.parse(neuron), value) for neuron, value, _ in suspects]
-    first = bench.responder.attempt(clamps, heat, "confirm: first prompts")
-    found = {attempt.clamp: dict(attempt.outcomes) for attempt in first}
-    going_on = [clamp for clamp in clamps if flipped(found[clamp])]
-    for attempt in bench.responder.attempt(going_on, others, "confirm") if others else ():
-        found[attempt.clamp] |= attempt.outcomes
+    def tried(clamps: Sequence[Clamp]) -> dict[Clamp, dict[str, Outcome]]:
+        first = bench.responder.attempt(clamps, heat, "confirm: first prompts")
+        found = {attempt.clamp: dict(attempt.outcomes) for attempt in first}
+        going_on = [clamp for clamp in clamps if flipped(found[clamp])]
+        for attempt in bench.responder.attempt(going_on, others, "confirm") if others else ():
+            found[attempt.clamp] |= attempt.outcomes
+        return found
+
+    most = settings.tolerance * len(can_flip)
+    clamps = {Clamp(Neuron.parse(neuron), value): flips for neuron, value, *flips in suspects}
+    first_of: dict[Neuron, Clamp] = {}
+    for clamp in clamps:
+        first_of.setdefault(clamp.neuron, clamp)
+    found = tried(list(first_of.values()))
+    broken = {clamp.neuron for clamp, outcomes in found.items() if flipped(outcomes) > most}
+    found |= tried([clamp for clamp in clamps if clamp not in found and clamp.neuron not in broken])
     judged = []
-    for clamp, (neuron, value, flips) in zip(clamps, suspects, strict=True):
-        outcomes = list(found[clamp].values())
+    for clamp, outcome_of in found.items():
+        outcomes = list(outcome_of.values())
+        neuron = str(clamp.neuron)
         rates = {kind: Rate.of(outcomes.count(kind), len(outcomes)) for kind in ("comply", "degenerate", "unjudged")}
-        share = Rate.of(flipped(found[clamp]), sum(name in can_flip for name in found[clamp]))
+        share = Rate.of(flipped(outcome_of), sum(name in can_flip for name in outcome_of))
         judged.append(
             Suspect(
                 neuron=neuron,
                 drawn=neuron in drawn,
-                value=value,
-                scanned_flips=flips,
+                value=clamp.value,
+                scanned_flips=clamps[clamp][0],
+                scanned_refused=clamps[clamp][1],
                 **rates,
                 flipped=share,
-                breaks=share.count > settings.tolerance * len(can_flip),
+                breaks=share.count > most,
             )
         )
     judged.sort(key=lambda suspect: -suspect.flipped.count)
     return judged, Rate.of(len(prompts) - len(can_flip), len(prompts))
 
 
-def _drop(scan: NeuronScan, plain: float) -> float | None:
-    """By how much the mean log-odds fall at the neuron's worst value; None where no value gives a number."""
-    numbers = [odds for odds in scan.log_odds if odds is not None]
-    return plain - min(numbers) if numbers else None
+def _drops(scan: NeuronScan, plain: Sequence[float]) -> list[float | None]:
+    """By how much the mean log-odds fall at each value, over the prompts that it met; None where they are no number."""
+    measured = zip(scan.log_odds, scan.prompts, strict=True)
+    return [None if odds is None else mean(plain[:n]) - odds for odds, n in measured]
 
 
 def _largest(drops: Mapping[str, float | None]) -> dict[str, float]:
