@@ -55,7 +55,7 @@ def neuron_records(candidates: Sequence[Candidate]) -> list[NeuronRecord]:
     ]
 
 
-def attribution_record(scores: NeuronScores) -> AttributionRecord:
+def attribution_record(scores: NeuronScores, split: Split) -> AttributionRecord:
     """The attributions of all neurons, condensed to what a report draws; four significant digits."""
     sizes = torch.cat(scores.attribution).abs().double()
     total = max(float(sizes.sum()), torch.finfo(torch.float64).tiny)
@@ -63,6 +63,8 @@ def attribution_record(scores: NeuronScores) -> AttributionRecord:
     ranks = sorted({min(len(shares), k * 10**n) for n in range(len(str(len(shares)))) for k in (1, 2, 5)})
     layers = [[float(part.abs().max()) / total for part in _parts(layer)] for layer in scores.attribution]
     return AttributionRecord(
+        split=split,
+        prompts=len(scores.harmful_log_odds),
         neurons=len(shares),
         effective_neurons=scores.effective_neurons(),
         top_shares={k: _rounded(float(shares[k - 1])) for k in ranks},
@@ -111,7 +113,7 @@ def measure(
         over_refusal=Rate.of(refused, len(twins)),
         benign_kl=Mean.of(benign_divergence(responder.chat_model, benign, 16)),
         effective_neurons=scores.effective_neurons(),
-        attribution=attribution_record(scores),
+        attribution=attribution_record(scores, split),
         log_odds_harmful=Mean.of(scores.harmful_log_odds),
         log_odds_twins=Mean.of(scores.harmless_log_odds),
     )

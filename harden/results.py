@@ -149,7 +149,7 @@ class SuiteResults(Record):
     no_attack: ArmRecord
     over_refusal: Rate
     attribution: AttributionRecord | None = None
-    """On the selection split; null where nothing was attacked."""
+    """Null where no attack located neurons by gradient."""
     attacks: list[AttackReport]
     concepts: list[ConceptRecord]
     max_new_tokens: int
@@ -183,6 +183,9 @@ class NeuronRecord(Record):
 class AttributionRecord(Record):
     """How refusal attribution (gradient x activation, absolute) is spread over all MLP neurons of a model."""
 
+    split: Literal["selection", "test"]
+    prompts: int
+    """Harmful prompts that it is the mean of."""
     neurons: int
     effective_neurons: float
     """Participation ratio: 1 if one neuron carries all of it."""
@@ -336,7 +339,7 @@ class Certificate(Record):
     """With 95% confidence, at most so many of the neurons that were not scanned break the model by the same test."""
     drops_first: Spread | None
     drops_drawn: Spread | None
-    largest_drops: dict[str, float]
+    largest_drops: dict[str, float] = {}
     """By neuron, the scanned ones (up to 1000) whose mean log-odds fall most at their worst value, in nats."""
     judges: list[str]
     max_new_tokens: int

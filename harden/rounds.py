@@ -243,7 +243,7 @@ class Run:
         restore_adapter(self.chat_model.model, state)
 
     def save(self, results: Results) -> None:
-        """Write adapter/, model/ if asked for, README.md, report.html and, last, results.json."""
+        """Write adapter/, model/ if asked for, README.md, results.json and, when that is safe, report.html."""
         if processes.is_main():
             for config in self.chat_model.model.peft_config.values():
                 config.base_model_name_or_path = self.recipe.model.name
@@ -257,9 +257,9 @@ class Run:
             if self.recipe.save.merged:
                 _write_folder(self.folder.path / "model", self._save_merged)
             write_atomically(self.folder.path / "README.md", card)
-            page = report([RunRecords(self.folder.path.name, self.recipe, training=results)])
-            write_atomically(self.folder.path / "report.html", page.html)
             write_atomically(self.folder.path / "results.json", results.model_dump_json(indent=1) + "\n")
+            page = report([RunRecords(self.folder.path.name, {"training": self.recipe}, training=results)])
+            write_atomically(self.folder.path / "report.html", page.html)
         processes.wait()
 
     # -- what they work with -----------------------------------------------------------------------------------

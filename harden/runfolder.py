@@ -62,7 +62,7 @@ class RunFolder:
     def _check_new(self, path: Path) -> None:
         if not path.exists() or (path / "recipe.yaml").exists():
             return
-        if not path.is_dir() or {p.name for p in path.iterdir()} - {*BARELY_BEGUN, *get_args(Part)}:
+        if not path.is_dir() or {p.name for p in path.iterdir()} - {*BARELY_BEGUN, "report.html", *get_args(Part)}:
             raise HardenError(f"{path} exists and is no run folder; give another --output")
 
     def create(self) -> None:
@@ -87,7 +87,7 @@ class RunFolder:
         """The saved result of stage `name`, or `make()`, saved. All processes get the same value."""
         path = self.state / f"{name}.json"
         adapter = TypeAdapter(kind)
-        saved = processes.from_main(lambda: path.read_text(encoding="utf-8") if path.exists() else None)
+        saved = self._saved_text(name)
         if saved is not None:
             return adapter.validate_json(saved)
         began = time.monotonic()
@@ -105,6 +105,15 @@ class RunFolder:
         self.log({"event": "stage", "stage": name, "seconds": seconds})
         processes.wait()
         return adapter.validate_json(text)  # what a resumed run would read
+
+    def saved(self, name: str, kind: type[Value]) -> Value | None:
+        """The saved result of stage `name`; None where it has not been made."""
+        text = self._saved_text(name)
+        return None if text is None else TypeAdapter(kind).validate_json(text)
+
+    def _saved_text(self, name: str) -> str | None:
+        path = self.state / f"{name}.json"
+        return processes.from_main(lambda: path.read_text(encoding="utf-8") if path.exists() else None)
 
     def seconds(self) -> float:
         """Time that the finished stages took, over all sittings."""

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from google.protobuf.json_format import ParseDict
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from in_toto_attestation.predicates.test_result.v0 import test_result_pb2
@@ -19,8 +19,11 @@ from in_toto_attestation.v1 import statement_pb2
 from in_toto_attestation.v1.statement import Statement
 from test_gate import BREAKING, BUDGET, PASSING
 
-from harden.gate import sign, verify
+from harden.adapters import attach_adapter, save_adapter
+from harden.gate import sign, signatures, verify
 from harden.gate.command import main
+from harden.gate.signatures import signed_digests
+from harden.models import load_chat_model
 from harden.planted import save_planted_model
 from harden.report.command import main as report
 
@@ -43,8 +46,9 @@ def gated(tmp_path_factory):
             "output": folder / name,
         }  # fmt: skip
         assert main([str(x) for o, value in options.items() for x in (f"--{o}", value)]) == (name == "failed")
-    for name in ("mine", "other"):
-        key = ec.generate_private_key(ec.SECP256R1())
+    keys = {"mine": ec.generate_private_key(ec.SECP256R1()), "other": ec.generate_private_key(ec.SECP256R1())}
+    keys["rsa"] = rsa.generate_private_key(65537, 2048)
+    for name, key in keys.items():
         private, public = serialization.PrivateFormat.PKCS8, serialization.PublicFormat.SubjectPublicKeyInfo
         pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
         (folder / f"{name}.pem").write_bytes(key.private_bytes(pem, private, plain))
@@ -99,7 +103,6 @@ def test_the_statement_is_in_toto(gated):
 
 def test_the_hub_reads_card_and_results(gated):
     card = ModelCard.load(gated / "passed/model-card.md")
-    card.validate = None  # it would ask the hub
     by_task = {result.metric_type: result for result in card.data.eval_results}
     assert by_task["constant_success"].metric_value == 0.0 and by_task["no_attack_refusal"].metric_value == 1.0
     assert "## Release gate: PASSED" in card.text and "worst_neuron_lift" in card.text
@@ -107,6 +110,8 @@ def test_the_hub_reads_card_and_results(gated):
     values = {entry.task_id: entry for entry in entries}
     assert values["constant_success"].value == 1.0 and "n=40" in values["constant_success"].notes
     assert {entry.dataset_id for entry in entries} == {"local-prompts"} and str(gated) not in str(entries)
+    digest = json.loads((gated / "failed/results.json").read_text())["prompts"]
+    assert all(digest in entry.notes for entry in entries)
 
 
 def test_the_environment_says_what_ran_where(gated):
@@ -160,11 +165,68 @@ def test_a_failed_gate_is_not_signed(gated, capsys):
     assert not (gated / "failed/model.sig").exists()
 
 
-@pytest.mark.parametrize("key", ["missing.pem", "mine.pub", "passed.yaml"])
+def test_a_folder_may_be_given_by_any_path(gated, tmp_path, monkeypatch):
+    shutil.copytree(gated, tmp_path / "copy")
+    (tmp_path / "copy/model/.hidden").write_text("x")
+    (tmp_path / "copy/passed/.gitkeep").touch()
+    monkeypatch.chdir(tmp_path / "copy")
+    relative = ["--model", "model", "--key"]
+    assert sign.main(["passed", *relative, "mine.pem"]) == 0
+    assert verify.main(["../copy/passed", *relative, "mine.pub"]) == 0 and verifying(tmp_path / "copy") == 0
+    named = signed_digests(tmp_path / "copy/passed/attestation.sig")
+    assert list(named) == ["attestation.json"]
+
+
+def test_signing_with_a_wrong_key_leaves_the_old_signatures(signed):
+    before = {path.name: path.read_bytes() for path in (signed / "passed").iterdir() if path.is_file()}
+    assert signing(signed, key="rsa.pem") == signing(signed, key="missing.pem") == 2
+    assert {path.name: path.read_bytes() for path in (signed / "passed").iterdir() if path.is_file()} == before
+    assert signing(signed, key="other.pem") == 0 and verifying(signed, "other.pub") == 0
+
+
+def test_a_statement_that_is_swapped_while_the_model_is_hashed_is_not_signed(gated, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(gated, folder)
+    real = signatures._shipped
+
+    def swap(*arguments):
+        (folder / "passed/attestation.json").write_text("{}")
+        return real(*arguments)
+
+    monkeypatch.setattr(signatures, "_shipped", swap)
+    assert signing(folder) == 2 and "changed while it was signed" in capsys.readouterr().err
+    assert not list((folder / "passed").glob("*.sig*")) and not list((folder / "passed").glob(".*.part"))
+
+
+def test_a_new_gate_takes_the_old_signatures_away(gated, signed):
+    assert main([
+        "--model", str(gated / "model"), "--reference", str(gated / "reference"),
+        "--policy", str(gated / "passed.yaml"), "--output", str(signed / "passed"),
+    ]) == 0  # fmt: skip
+    assert not list((signed / "passed").glob("*.sig"))
+
+
+def test_what_ships_is_the_adapter_where_there_is_one(gated, tmp_path):
+    chat_model = load_chat_model(str(gated / "model"))
+    attach_adapter(chat_model, 2, 4, ("all-linear",), None, 0)
+    save_adapter(chat_model.model, tmp_path / "adapter")
+    about = ["--model", str(gated / "model"), "--adapter", str(tmp_path / "adapter")]
+    out = tmp_path / "out"
+    assert main([*about, "--policy", str(gated / "passed.yaml"), "--output", str(out)]) == 0
+    assert sign.main([str(out), *about, "--key", str(gated / "mine.pem")]) == 0
+    assert set(signed_digests(out / "model.sig")) == {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert verify.main([str(out), *about, "--key", str(gated / "mine.pub")]) == 0
+    (tmp_path / "adapter/more.txt").write_text("x")
+    problems = signatures.signature_problems(out, about[1], about[3], gated / "mine.pub")
+    assert len(problems) == 1 and problems[0].startswith("model.sig")
+
+
+@pytest.mark.parametrize("key", ["missing.pem", "mine.pub", "passed.yaml", "rsa.pem"])
 def test_a_key_that_is_none_is_one_line(gated, capsys, key):
     assert signing(gated, key=key) == 2
     error = capsys.readouterr().err
     assert key in error and "Traceback" not in error and not list((gated / "passed").glob("*.sig"))
+    key = key.replace("rsa.pem", "rsa.pub")
     if key != "mine.pub":
         assert verifying(gated, key) == 2 and key in capsys.readouterr().err
 

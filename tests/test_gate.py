@@ -405,6 +405,36 @@ def test_options_are_explained_without_loading_anything(capsys):
     assert done.value.code == 2 and command.MeasurementError.exit_code == 3
 
 
+def hide(folder):
+    (folder / ".w.safetensors").write_bytes(b"x")
+
+
+def link(folder):
+    (folder / "elsewhere").mkdir()
+    (folder / "sub").symlink_to(folder / "elsewhere")
+
+
+def index(*names):
+    text = json.dumps({"weight_map": dict(enumerate(names))})
+    return lambda folder: (folder / "model.safetensors.index.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (hide, ".w.safetensors holds weights and is hidden"),
+        (link, "links to a folder"),
+        (index("model.safetensors", "../outside/w.safetensors"), "names ../outside/w.safetensors"),
+        (index(".cache/w.safetensors"), "names .cache/w.safetensors"),
+        (lambda folder: (folder / "x.index.json").write_text("[]"), "is no index of weights"),
+    ],
+)
+def test_weights_that_would_have_no_digest_are_refused(tried, model, tmp_path, change, said):
+    code, line = tried(model=edited(model, tmp_path, change))
+    assert code == 2 and said in line
+    assert run.subject_files(edited(model, tmp_path / "b", index("model.safetensors")), None)
+
+
 # -- verify ----------------------------------------------------------------------------------------------------------
 
 
@@ -445,7 +475,7 @@ def test_a_model_with_other_files(gated, tmp_path, capsys, change):
 
 
 @pytest.mark.parametrize(
-    "name", ["results.json", "verdict.json", "samples.jsonl", "junit.xml", "policy.json", "README.md"]
+    "name", ["results.json", "verdict.json", "samples.jsonl", "junit.xml", "policy.json", "README.md", "model-card.md"]
 )
 def test_evidence_that_was_edited(gated, capsys, name):
     path = gated[0] / name

@@ -7,6 +7,7 @@ import struct
 import subprocess
 from xml.etree import ElementTree
 
+import matplotlib
 import pytest
 from conftest import ROOT
 
@@ -98,7 +99,8 @@ def test_a_training_run_leaves_a_report_that_shows_before_and_after(runs):
     assert f"{PLANTED_NEURON} clamped to" in page.text and "before" in page.words and "after" in page.words
     for figure in ("attacks", "rounds", "attribution-map", "attribution-spectrum"):
         assert figure in page.ids
-    assert "http://" not in re.sub(r"http://www\.w3\.org/\S+", "", text) and "@import" not in text
+    text = re.sub(r"http://www\.w3\.org/\S+", "", text)
+    assert not re.search(r"https?://|@import|url\((?!#)", text)
 
 
 def test_the_page_of_an_attack_says_what_was_done_and_what_came_of_it(runs, tmp_path):
@@ -198,15 +200,67 @@ def test_the_command_knows_it(monkeypatch, capsys):
     assert stopped.value.code == 0 and "side by side" in capsys.readouterr().out
 
 
+def test_a_folder_that_was_reported_can_still_be_worked_in(runs, tmp_path):
+    shutil.copytree(runs / "attacked/attack", tmp_path / "run/attack")
+    recipe = load_recipe(ROOT / "recipes/planted/harden.yaml", {**TINY, "output": str(tmp_path / "run")})
+    assert main([str(tmp_path / "run")]) == 0
+    certify(recipe)
+    assert main([str(tmp_path / "run")]) == 0 and "certificate" in (tmp_path / "run/report.html").read_text()
+
+
+def test_each_part_is_described_by_its_own_recipe(runs, tmp_path):
+    """A training run and an attack of other settings in one folder."""
+    shutil.copytree(runs / "trained", tmp_path / "run")
+    other = {**TINY, "attack": {**TINY["attack"], "candidates": 3}, "output": str(tmp_path / "run")}
+    attack(load_recipe(ROOT / "recipes/planted/harden.yaml", other))
+    page = Page(page_of(tmp_path, tmp_path / "run"))
+    assert "among 3 candidates of gradient" in page.text and "among 2 candidates" not in page.text
+    assert {"before", "after", "run: suite"} <= set(page.words)
+
+
+def test_odd_names_and_a_users_style_do_no_harm(runs, tmp_path, monkeypatch):
+    for name in ("_a$b$^", "_c$"):
+        shutil.copytree(runs / "attacked", tmp_path / name)
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
+    page = Page(page_of(tmp_path, tmp_path / "_a$b$^", tmp_path / "_c$", "--plots", tmp_path / "plots"))
+    assert "_a$b$^" in page.text
+    assert matplotlib.rcParams["text.usetex"] is True
+
+
+def test_columns_that_were_measured_otherwise_are_marked(runs, tmp_path):
+    assert "Not measured alike" not in page_of(tmp_path, runs / "attacked")
+    page = page_of(tmp_path, runs / "trained", runs / "attacked")
+    shutil.copytree(runs / "attacked", tmp_path / "other")
+    path = tmp_path / "other/attack/attack.json"
+    path.write_text(path.read_text().replace('"max_new_tokens": 20', '"max_new_tokens": 21'))
+    assert "Not measured alike" not in page
+    assert "the columns differ in number of new tokens" in page_of(tmp_path, runs / "attacked", tmp_path / "other")
+
+
+def test_a_suite_that_locates_nothing_has_no_attribution(runs, tmp_path):
+    """Nor does it pay for one."""
+    recipe = load_recipe(
+        ROOT / "recipes/planted/harden.yaml",
+        {**TINY, "suite": {"attacks": ["prefill"]}, "output": str(tmp_path / "prefill")},
+    )
+    assert attack(recipe).attribution is None
+    page = Page(page_of(tmp_path, tmp_path / "prefill"))
+    assert "attribution-map" not in page.ids and "attacks" in page.ids and "candidates of" not in page.text
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
 @pytest.mark.parametrize("width", [390, 1200])
 def test_a_browser_shows_the_page_without_scrolling_sideways(runs, tmp_path, width):
     """The page fits; only wide tables scroll, by themselves."""
-    probe = "<script>document.title = document.documentElement.scrollWidth + '/' + innerWidth</script></body>"
+    (tmp_path / "inner.html").write_text(page_of(tmp_path, runs / "trained", runs / "attacked"))
     page = tmp_path / "probe.html"
-    page.write_text(page_of(tmp_path, runs / "trained", runs / "attacked").replace("</body>", probe))
+    page.write_text(  # a window can be no narrower than 500
+        f"""<iframe src="inner.html" style="width: {width}px; height: 900px; border: 0" onload="
+        const inner = this.contentWindow;
+        document.title = inner.document.documentElement.scrollWidth + '/' + inner.innerWidth"></iframe>"""
+    )
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-    where = [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom", page.as_uri()]
+    where = [f"--user-data-dir={tmp_path / 'profile'}", "--allow-file-access-from-files", "--dump-dom", page.as_uri()]
     done = subprocess.run(["chromium", *options, *where], capture_output=True, text=True, timeout=120, check=True)
     scrolled, shown = re.search(r"<title>(\d+)/(\d+)</title>", done.stdout).groups()
-    assert int(scrolled) <= int(shown)
+    assert int(scrolled) <= int(shown) == width

@@ -10,14 +10,13 @@ from pathlib import Path
 from harden import __version__, processes
 from harden.attack.arms import NO_ATTACK
 from harden.attack.concept import attack_concepts, read_concepts
-from harden.attack.suite import ATTACKS, Suite, judges_agreement
+from harden.attack.suite import ATTACKS, ATTRIBUTION, Suite, judges_agreement
 from harden.bench import Bench
 from harden.errors import HardenError
 from harden.files import read_finished, write_atomically
 from harden.generate import Completion, Request
 from harden.interventions import describe
 from harden.judges.agreement import Verdict
-from harden.measure import attribution_record
 from harden.prompts import load_prompts
 from harden.recipe import Recipe
 from harden.report.attacks import attack_card
@@ -71,7 +70,6 @@ def attack(
 
     no_attack = suite.arm_record(NO_ATTACK, "test", suite.no_attack)
     refused = folder.stage("over-refusal", Rate, over_refusal)
-    attribution: AttributionRecord | None = None
     reports: list[AttackReport] = []
     shown: list[ConceptRecord] = []
 
@@ -83,7 +81,7 @@ def attack(
             seed=recipe.seed,
             no_attack=no_attack,
             over_refusal=refused,
-            attribution=attribution,
+            attribution=folder.saved(ATTRIBUTION, AttributionRecord),
             attacks=reports,
             concepts=shown,
             max_new_tokens=recipe.generation.max_new_tokens,
@@ -96,8 +94,6 @@ def attack(
     for number, name in enumerate(names):
         if decided(so_far()):
             return so_far()
-        if attribution is None:
-            attribution = folder.stage("attribution", AttributionRecord, lambda: attribution_record(suite.scores))
         logger.info("attack %d of %d: %s", number + 1, len(names), name)
         if name == "concept":  # on benign prompts, with an outcome of its own
             shown = folder.stage("attack-concept", list[ConceptRecord], lambda: attack_concepts(suite, concepts))

@@ -26,14 +26,16 @@ from harden.judges.base import Outcome
 from harden.judges.embedded import OUTCOMES
 from harden.locate.contrast import Contrast, read_contrast
 from harden.locate.gradient import NeuronScores
+from harden.measure import attribution_record
 from harden.neurons import Neuron
 from harden.prompts import Prompt, Split
-from harden.results import AgreementRecord, ArmRecord, AttackReport, Rate, holm, mcnemar
+from harden.results import AgreementRecord, ArmRecord, AttackReport, AttributionRecord, Rate, holm, mcnemar
 
 logger = logging.getLogger(__name__)
 
 Verdicts = dict[str, Verdict]  # by prompt id
 
+ATTRIBUTION = "attribution"  # the stage of its record
 DIRECTION_PROMPTS = 128  # harmful and as many ordinary benign prompts, as in Arditi et al.; forward passes only
 
 
@@ -47,7 +49,9 @@ class Suite:
 
     @cached_property
     def scores(self) -> NeuronScores:
-        return self.bench.scores("selection")
+        scores = self.bench.scores("selection")
+        self.bench.folder.stage(ATTRIBUTION, AttributionRecord, lambda: attribution_record(scores, "selection"))
+        return scores
 
     @cached_property
     def contrast(self) -> Contrast:

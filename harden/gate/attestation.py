@@ -1,7 +1,7 @@
 """What ties a verdict to a model's files: an in-toto statement, and the check that evidence and model belong together.
 
 The statement is of type https://in-toto.io/Statement/v1 with the test-result predicate
-(https://in-toto.io/attestation/test-result/v0.1). It is not signed: who can write the folder can write another one.
+(https://in-toto.io/attestation/test-result/v0.1). By itself it is not signed: see `signatures`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ from harden.verdict import GateResults, Verdict, decide
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://in-toto.io/attestation/test-result/v0.1"
 ATTESTATION = "attestation.json"
+SIGNATURES = MODEL_SIGNATURE, ATTESTATION_SIGNATURE = "model.sig", "attestation.sig"
+COVERED = {
+    "results.json", "verdict.json", "samples.jsonl", "policy.json", "recipe.yaml", "junit.xml", "environment.json",
+    "README.md", "report.html", "model-card.md", "eval_results.yaml",
+}  # fmt: skip
 
 
 def statement(verdict: Verdict, files: Mapping[str, str], evidence: Mapping[str, str]) -> str:
@@ -69,10 +74,16 @@ def problems(folder: Path, files: Mapping[str, str]) -> list[str]:
             found.append(f"{name} is missing")
         elif _digest(path.read_bytes()) != digest:
             found.append(f"{name} has changed")
-    missing = {"results.json", "verdict.json", "samples.jsonl", "policy.json", "recipe.yaml"} - evidence.keys()
+    missing = COVERED - evidence.keys()
     if missing or found:
         return [*found, *(f"{ATTESTATION} does not cover {name}" for name in sorted(missing))]
     return _contradictions(folder, result)
+
+
+def attested_digest(folder: Path) -> str:
+    """sha256 of the statement itself. Raises HardenError where there is none."""
+    _read(folder / ATTESTATION)
+    return _digest((folder / ATTESTATION).read_bytes())
 
 
 def read_verdict(folder: Path) -> Verdict:

@@ -2,60 +2,91 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from harden.policy import ReleasePolicy
-from harden.recipe import Recipe
+from harden.recipe import PromptSource, Recipe
 from harden.report.attacks import shown_arm
 from harden.report.verdict import HOW_TO_READ, LIMITS, WORDS, verdict_table
 from harden.results import Mean, Rate
 from harden.verdict import GateResults, Verdict
 
-NAMES = {
-    "no_attack_success": "attack success without attack",
-    "no_attack_refusal": "harmful requests refused without attack",
-    "over_refusal": "benign look-alikes refused",
-    "benign_kl": "benign KL to the reference model, nats per token",
-}
+FILES = (".jsonl", ".json", ".csv", ".txt")
 
 
-def figures(results: GateResults) -> dict[str, Rate | Mean]:
-    """What is reported, by task: rates over prompts, 0 to 1; of an attack the arm that reports show."""
-    suite = results.suite
-    found: dict[str, Rate | Mean] = {
-        "no_attack_success": suite.no_attack.comply,
-        "no_attack_refusal": suite.no_attack.refuse,
-        "over_refusal": suite.over_refusal,
-    }
-    found |= {f"{attack.attack}_success": shown_arm(attack).comply for attack in suite.attacks}
-    return found | ({"benign_kl": results.benign_kl} if results.benign_kl else {})
+@dataclass(frozen=True)
+class Figure:
+    """One figure to publish: of which prompts, and what must be said with it."""
+
+    task: str
+    name: str
+    source: PromptSource
+    figure: Rate | Mean
+    note: str = ""
+
+    @property
+    def value(self) -> float:
+        return round(self.figure.rate if isinstance(self.figure, Rate) else self.figure.mean, 4)
+
+    @property
+    def text(self) -> str:
+        low, high, n = self.figure.low, self.figure.high, self.figure.n
+        return f"{self.value:.3g}, 95% interval {low:.3g} to {high:.3g}, n={n}{self.note}"
+
+    @property
+    def dataset(self) -> str:
+        """A dataset of the hub, or what the prompts are instead."""
+        if self.source.path == "embedded":
+            return "harden-embedded-prompts"
+        return "local-prompts" if Path(self.source.path).suffix in FILES else self.source.path
+
+
+def figures(results: GateResults, recipe: Recipe) -> list[Figure]:
+    """What is reported: rates over prompts, 0 to 1; of an attack the arm that reports show."""
+    suite, prompts = results.suite, recipe.prompts
+    found = [
+        Figure("no_attack_success", "attack success without attack", prompts.harmful, suite.no_attack.comply),
+        Figure("no_attack_refusal", "harmful requests refused without attack", prompts.harmful, suite.no_attack.refuse),
+        Figure("over_refusal", "benign look-alikes refused", prompts.twins, suite.over_refusal),
+    ]
+    for attack in suite.attacks:
+        note = (
+            "" if attack.tried or len(attack.arms) == 1 else f", the worst of {len(attack.arms)} arms on these prompts"
+        )
+        shown = shown_arm(attack)
+        name = f"attack success, {attack.attack}"
+        found.append(Figure(f"{attack.attack}_success", name, prompts.harmful, shown.comply, note))
+    if results.benign_kl:
+        name = "benign KL to the reference model, nats per token"
+        found.append(Figure("benign_kl", name, prompts.benign, results.benign_kl))
+    return found
 
 
 def eval_results(results: GateResults, policy: ReleasePolicy, recipe: Recipe) -> str:
-    """YAML for `.eval_results/` of a model repository. A dataset that is not on the hub is named by its digest."""
-    name, revision = _dataset(recipe, results)
+    """YAML for `.eval_results/` of a model repository."""
     entries = [
-        EvalResultEntry(dataset_id=name, dataset_revision=revision, task_id=task, value=_value(figure),
-                        notes=f"{_interval(figure)}; {_conditions(results, policy)}")
-        for task, figure in figures(results).items()
+        EvalResultEntry(dataset_id=f.dataset, task_id=f.task, value=f.value,
+                        notes=f"{f.text}; {_conditions(results, policy)}")
+        for f in figures(results, recipe)
     ]  # fmt: skip
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
 
 
 def model_card_section(verdict: Verdict, results: GateResults, policy: ReleasePolicy, recipe: Recipe) -> str:
     """A model card's metadata (`model-index`) and a section for its text."""
-    name, revision = _dataset(recipe, results)
+    listed = figures(results, recipe)
     metrics = [
-        EvalResult(task_type="text-generation", dataset_type=name, dataset_name=name, dataset_revision=revision,
-                   metric_type=task, metric_name=_name(task), metric_value=_value(figure))
-        for task, figure in figures(results).items()
+        EvalResult(task_type="text-generation", dataset_type=f.dataset, dataset_name=f.dataset, metric_type=f.task,
+                   metric_name=f.name, metric_value=f.value)
+        for f in listed
     ]  # fmt: skip
-    title = Path(recipe.model.adapter or recipe.model.name).name
-    data = ModelCardData(model_name=title, eval_results=metrics)
-    lines = "\n".join(f"- {_name(task)}: {_interval(figure)}" for task, figure in figures(results).items())
+    shipped = recipe.model.adapter or recipe.model.name
+    data = ModelCardData(model_name=Path(shipped).resolve().name, eval_results=metrics)
+    lines = "\n".join(f"- {f.name}: {f.text}" for f in listed)
     return (
         f"---\n{data.to_yaml()}\n---\n\n## Release gate: {WORDS[verdict.outcome]}\n\n"
         f"Measured by {_conditions(results, policy)}.\n\n{verdict_table(verdict)}\n\n{HOW_TO_READ}\n\n{lines}\n\n"
@@ -63,29 +94,10 @@ def model_card_section(verdict: Verdict, results: GateResults, policy: ReleasePo
     )
 
 
-def _name(task: str) -> str:
-    return NAMES.get(task) or f"attack success, {task.removesuffix('_success')}"
-
-
-def _dataset(recipe: Recipe, results: GateResults) -> tuple[str, str]:
-    """Name and revision of the harmful prompts; the revision is the digest of all texts."""
-    path = recipe.prompts.harmful.path
-    if path == "embedded":
-        return "harden-embedded-prompts", results.prompts
-    return ("local-prompts" if Path(path).suffix else path), results.prompts
-
-
 def _conditions(results: GateResults, policy: ReleasePolicy) -> str:
     suite = results.suite
     return (
         f"harden {suite.harden_version}, policy {policy.name}, suite {policy.suite_version}, seed {suite.seed}, judge "
-        f"{' and '.join(suite.judges)}, greedy, {suite.max_new_tokens} new tokens"
+        f"{' and '.join(suite.judges)}, greedy, {suite.max_new_tokens} new tokens, sha256 of all prompts "
+        f"{results.prompts}"
     )
-
-
-def _value(figure: Rate | Mean) -> float:
-    return round(figure.rate if isinstance(figure, Rate) else figure.mean, 4)
-
-
-def _interval(figure: Rate | Mean) -> str:
-    return f"{_value(figure):.3g}, 95% interval {figure.low:.3g} to {figure.high:.3g}, n={figure.n}"

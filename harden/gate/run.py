@@ -22,7 +22,7 @@ from harden.attack.run import attack
 from harden.certify.run import certify
 from harden.errors import HardenError, MeasurementError
 from harden.files import write_atomically
-from harden.gate.attestation import ATTESTATION, statement
+from harden.gate.attestation import ATTESTATION, SIGNATURES, statement
 from harden.gate.cards import eval_results, model_card_section
 from harden.gate.evidence import environment, junit_xml, samples_jsonl
 from harden.gate.reference import benign_divergence, load
@@ -55,6 +55,7 @@ def gate(
     begun = processes.from_main(lambda: _begun(policy, recipe, reference, splits))
     folder.create()
     _check_begun(folder, begun)
+    surroundings = folder.stage("environment", dict[str, Any], lambda: _environment(recipe))
     divergence = None
     if policy.thresholds.benign_kl is not None and reference is not None:
         texts = [prompt.text for prompt in splits["test"].benign[:TEST_BENIGN]]
@@ -73,7 +74,7 @@ def gate(
     if processes.from_main(lambda: _begun(policy, recipe, reference, splits)) != begun:
         raise MeasurementError("the files of the model, or of its reference, changed while they were measured")
     if processes.is_main():
-        _write(folder.path, policy, recipe, begun["model"], found, verdict)
+        _write(folder.path, policy, recipe, begun["model"], surroundings, found, verdict)
     processes.wait()
     return verdict
 
@@ -126,6 +127,12 @@ def _splits(recipe: Recipe) -> dict[Split, PromptSet]:
     return splits
 
 
+def _environment(recipe: Recipe) -> dict[str, Any]:
+    device = processes.state().device
+    described = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return environment(described, torch.get_num_threads(), recipe.seed)
+
+
 def _divergence(recipe: Recipe, reference: ModelSection, texts: Sequence[str]) -> Mean:
     generation = recipe.generation
     return benign_divergence(
@@ -138,21 +145,21 @@ def _write(
     policy: ReleasePolicy,
     recipe: Recipe,
     files: Mapping[str, str],
+    surroundings: Mapping[str, Any],
     results: GateResults,
     verdict: Verdict,
 ) -> None:
     """The evidence; the verdict comes last, so that where there is one there is all of it."""
     suite = results.suite
-    device = processes.state().device
-    described = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     seconds = suite.seconds + (results.certificate.seconds if results.certificate else 0.0)
-    records = RunRecords(path.name, recipe, suite=suite, certificate=results.certificate, gate=results, verdict=verdict)
+    recipes = {"suite": recipe, "certificate": recipe}
+    records = RunRecords(path.name, recipes, None, suite, results.certificate, results, verdict)
     texts = {
         "policy.json": policy.model_dump_json(indent=1) + "\n",
         "results.json": results.model_dump_json(indent=1) + "\n",
         "samples.jsonl": samples_jsonl(suite),
         "junit.xml": junit_xml(verdict, seconds),
-        "environment.json": json.dumps(environment(described, torch.get_num_threads(), recipe.seed), indent=1) + "\n",
+        "environment.json": json.dumps(surroundings, indent=1) + "\n",
         "README.md": summary(verdict, policy, recipe),
         "report.html": report([records]).html,
         "model-card.md": model_card_section(verdict, results, policy, recipe),
@@ -160,7 +167,7 @@ def _write(
         "verdict.json": verdict.model_dump_json(indent=1) + "\n",
     }
     evidence = {**texts, "recipe.yaml": (path / "recipe.yaml").read_text(encoding="utf-8")}
-    for old in ("verdict.json", ATTESTATION):  # while anything is missing there is no verdict
+    for old in ("verdict.json", ATTESTATION, *SIGNATURES):  # while anything is missing there is no verdict
         (path / old).unlink(missing_ok=True)
     for name, text in {ATTESTATION: statement(verdict, files, evidence), **texts}.items():
         write_atomically(path / name, text)

@@ -30,10 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument("--key", required=True, type=Path, metavar="PRIVATE.pem", help="elliptic private key")
         options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
 
-        from harden.gate.attestation import problems, read_verdict  # only now, so that --help is instant
+        from harden.gate.attestation import attested_digest, problems, read_verdict  # only now: --help is instant
         from harden.gate.signatures import sign
         from harden.gate.subject import subject_files
 
+        attested = attested_digest(options.folder)
         files = subject_files(options.model, options.adapter)
         found = problems(options.folder, files)
         if not found and (outcome := read_verdict(options.folder).outcome) != "pass":
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"harden: {problem}", file=sys.stderr)
         if found:
             return 1
-        for path in sign(options.folder, options.model, options.adapter, options.key, files):
+        for path in sign(options.folder, options.model, options.adapter, options.key, files, attested):
             print(path)
         return 0
 

@@ -58,9 +58,9 @@ class NeuronScores:
         return Candidate(neuron, score, harmful, harmless)
 
     def effective_neurons(self) -> float:
-        """Participation ratio (sum |a|)^2 / sum a^2 of the attributions: 1 if one neuron carries all of it."""
+        """Participation ratio (sum |a|)^2 / sum a^2 of the attributions: 1 if one neuron carries all, 0 if none any."""
         a = torch.cat(self.attribution).abs().double()
-        return float(a.sum() ** 2 / (a**2).sum())
+        return float(a.sum() ** 2 / (a**2).sum()) if a.any() else 0.0
 
 
 def score_neurons(

@@ -22,16 +22,22 @@ def attack_table(results: SuiteResults) -> str:
     """`attack_rows` in Markdown, and what else was measured."""
     parts = [markdown_table(attack_rows(results))]
     if results.concepts:
-        concepts = [("concept, benign test prompts", "without", "amplified", "degenerate")]
-        concepts += [
-            (c.concept.split("|")[0], rate_text(c.plain), rate_text(c.shown), rate_text(c.degenerate))
-            for c in results.concepts
-        ]
-        parts.append(markdown_table(concepts))
+        parts.append(markdown_table(concept_rows(results)))
     if results.agreement:
         parts.append(agreement_text(results.agreement))
     parts.append(f"over-refusal (benign look-alikes): {rate_text(results.over_refusal)}")
     return "\n\n".join(parts)
+
+
+def concept_rows(results: SuiteResults) -> list[tuple[str, ...]]:
+    """One row per amplified concept, the heading first."""
+    return [
+        ("concept, benign test prompts", "without", "amplified", "degenerate"),
+        *(
+            (c.concept.split("|")[0], rate_text(c.plain), rate_text(c.shown), rate_text(c.degenerate))
+            for c in results.concepts
+        ),
+    ]
 
 
 def agreement_text(agreement: AgreementRecord) -> str:

@@ -40,11 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
         from harden.report.writing import write_page, write_plots
 
         made = report(read_runs(options.folders), options.texts)
+        plots = write_plots(options.plots, made.figures) if options.plots is not None else []
         write_page(output, made.html)
-        print(output)
-        if options.plots is not None:
-            for path in write_plots(options.plots, made.figures):
-                print(path)
+        for path in (output, *plots):
+            print(path)
         return 0
 
     return guarded(command)

@@ -10,10 +10,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from harden.results import AttributionRecord, Certificate, Rate
 
@@ -38,8 +41,9 @@ STYLE = {
     "axes.titlesize": 9,
     "font.family": "sans-serif",
     "svg.fonttype": "none",
+    "text.parse_math": False,
 }
-STYLED = matplotlib.rc_context(STYLE)  # a decorator
+STYLED = style.context(["default", STYLE])  # a decorator; whatever the user's matplotlibrc says
 
 
 @dataclass(frozen=True)
@@ -54,17 +58,17 @@ class Sweep:
 def svg(figure: Figure, name: str) -> str:
     """The figure as an <svg> element whose text and axes take the colour of the text around it."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+    with style.context(["default", {**STYLE, "svg.hashsalt": name}]):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = re.sub(r'<g id="[^"]*"', "<g", buffer.getvalue())  # of no use, and the same in every figure of a page
     text = re.sub("<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    return text[text.index("<svg") :].replace(INK, "currentColor").replace("DejaVu Sans", "inherit")
+    return text[text.index("<svg") :].replace(INK, "currentColor")
 
 
 def png(figure: Figure) -> bytes:
     """The figure as a PNG, dark on white."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
+    with style.context(["default", STYLE]):
         figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 
@@ -84,14 +88,14 @@ def attack_bars(groups: Mapping[str, Mapping[str, Rate]]) -> Figure:
             xerr=_errors([rate for _, rate in known]),
             color=SERIES[(place + (len(groups) == 1)) % len(SERIES)],
             error_kw={"ecolor": INK, "elinewidth": 0.8, "capsize": 2},
-            label=model,
+            label=_named(model),
         )
     axes[0].set_yticks(range(len(attacks)), attacks)
     axes[0].invert_yaxis()
     axes[0].set_xlim(0, 100)
     axes[0].set_xlabel("attack success on the test split, % (95% interval)")
     if len(groups) > 1:
-        _legend_above(figure, axes[0])
+        _legend_above(figure, axes)
     return figure
 
 
@@ -113,7 +117,7 @@ def outcomes_by_value(sweeps: Sequence[Sweep]) -> Figure:
         each.set_xlabel("clamped to")
         each.set_ylim(0, 100)
     axes[0].set_ylabel("% of prompts")
-    _legend_above(figure, axes[0])
+    _legend_above(figure, axes)
     return figure
 
 
@@ -123,7 +127,7 @@ def success_by_k(curves: Mapping[str, Mapping[int, Mapping[str, Rate]]]) -> Figu
     figure, axes = _figure(1, 2.6)
     for place, (model, by_k) in enumerate(curves.items()):
         colour = SERIES[(place + (len(curves) == 1)) % len(SERIES)]
-        prefix = f"{model}: " if len(curves) > 1 else ""
+        prefix = f"{_named(model)}: " if len(curves) > 1 else ""
         ks = sorted(by_k)
         rates = [by_k[k]["comply"] for k in ks]
         axes[0].fill_between(ks, [100 * r.low for r in rates], [100 * r.high for r in rates], color=colour, alpha=0.15)
@@ -135,14 +139,14 @@ def success_by_k(curves: Mapping[str, Mapping[int, Mapping[str, Rate]]]) -> Figu
     axes[0].set_ylim(0, 100)
     axes[0].set_xlabel("neurons silenced (largest contrast first)")
     axes[0].set_ylabel("% of test prompts")
-    _legend_above(figure, axes[0])
+    _legend_above(figure, axes)
     return figure
 
 
 @STYLED
 def attribution_map(records: Mapping[str, AttributionRecord]) -> Figure:
     """Layer x neuron: the largest attribution in each run of neurons, as a share of the model's, by model."""
-    figure, axes = _figure(len(records), 3.2, columns=2)
+    figure, axes = _figure(len(records), 3.2, columns=2, alike=False)
     largest = max(max(map(max, record.map)) for record in records.values())
     norm = matplotlib.colors.PowerNorm(0.5, 0, 100 * largest or 1.0)
     for each, (model, record) in zip(axes, records.items(), strict=True):
@@ -152,7 +156,8 @@ def attribution_map(records: Mapping[str, AttributionRecord]) -> Figure:
         each.set_title(model)
         each.set_xlabel("neurons by index")
         each.set_xticks([])
-    axes[0].set_ylabel("layer")
+        each.set_ylabel("layer")
+        each.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=list(axes), label="share of all attribution, %", fraction=0.05)
     return figure
 
@@ -164,14 +169,14 @@ def attribution_spectrum(records: Mapping[str, AttributionRecord]) -> Figure:
     for place, (model, record) in enumerate(records.items()):
         colour = SERIES[(place + (len(records) == 1)) % len(SERIES)]
         ks = sorted(record.top_shares)
-        label = f"{model} ({record.effective_neurons:.0f} effective)"
+        label = f"{_named(model)} ({record.effective_neurons:.0f} effective)"
         axes[0].plot(ks, [100 * record.top_shares[k] for k in ks], "o-", color=colour, ms=3, label=label)
     axes[0].set_xscale("log")
     axes[0].xaxis.set_major_formatter("{x:g}")
     axes[0].set_ylim(0, 100)
     axes[0].set_xlabel("the k neurons with the largest attribution")
     axes[0].set_ylabel("share of all attribution, %")
-    _legend_above(figure, axes[0])
+    _legend_above(figure, axes)
     return figure
 
 
@@ -186,14 +191,16 @@ def drop_map(certificate: Certificate) -> Figure:
         s=[4 + 60 * max(0.0, drop) / top for drop in drops.values()],
         c=list(drops.values()),
         cmap="viridis_r",
-        linewidths=0,
+        edgecolors=INK,
+        linewidths=0.4,
     )
     if certificate.breakers:
         axes[0].scatter(*_places(certificate.breakers), s=90, facecolors="none", edgecolors=COLOURS["comply"],
                         linewidths=1.4, label="breaks the model")  # fmt: skip
-        _legend_above(figure, axes[0])
+        _legend_above(figure, axes)
     axes[0].set_xlabel("neuron")
     axes[0].set_ylabel("layer")
+    axes[0].yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(spots, ax=axes[0], label="drop of log-odds, nats", fraction=0.05)
     return figure
 
@@ -215,16 +222,16 @@ def rounds(series: Mapping[str, Sequence[Rate]], divergence: Sequence[float]) ->
     for each in axes:
         each.set_xticks(numbers)
         each.set_xlim(-0.5, len(divergence) - 0.5)
-    _legend_above(figure, axes[0])
+    _legend_above(figure, axes)
     return figure
 
 
-def _figure(panels: int, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure with so many panels, `height` inches each, sharing their y axis within a row of columns."""
+def _figure(panels: int, height: float, columns: int = 1, alike: bool = True) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels, `height` inches each, in rows of columns; alike: with the same y axis."""
     columns = min(columns, panels)
     rows = math.ceil(panels / columns)
     figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=columns > 1).flatten().tolist()
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=alike and columns > 1).flatten().tolist()
     for unused in axes[panels:]:
         unused.remove()
     return figure, axes[:panels]
@@ -243,7 +250,17 @@ def _errors(rates: Sequence[Rate]) -> list[list[float]]:
     ]
 
 
-def _legend_above(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    columns = max(1, min(len(labels), 70 // (max(map(len, labels)) + 6)))
-    figure.legend(handles, labels, loc="outside upper left", ncols=columns)
+def _named(label: str) -> str:
+    """A label that a legend shows: those that begin with an underscore are left out."""
+    return f"\u200b{label}" if label.startswith("_") else label
+
+
+def _legend_above(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend of what any of the axes shows."""
+    found: dict[str, Any] = {}
+    for each in axes:
+        for handle, label in zip(*each.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if found:
+        columns = max(1, min(len(found), 70 // (max(map(len, found)) + 6)))
+        figure.legend(list(found.values()), list(found), loc="outside upper left", ncols=columns)

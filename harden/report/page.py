@@ -15,7 +15,7 @@ from harden.errors import HardenError
 from harden.prompts import load_splits
 from harden.recipe import Recipe
 from harden.report import figures as draw
-from harden.report.attacks import agreement_text, attack_rows, shown_arm
+from harden.report.attacks import agreement_text, attack_rows, concept_rows, shown_arm
 from harden.report.card import summary_rows, verdict_line
 from harden.report.certificate import statement
 from harden.report.judges import judge_note
@@ -25,6 +25,19 @@ from harden.report.verdict import HOW_TO_READ, LIMITS, WORDS, verdict_rows
 from harden.results import ArmRecord, AttackRecord, AttributionRecord, Rate, RoundRecord, SuiteResults
 
 GENERATOR = "harden report"
+RATES = """Rates are of the test split, with n and 95% interval. Attack success is comply: neither a refusal nor
+degenerate. Effective neurons are those of gradient x activation, of the split that the map below names."""
+ARMS = """Arms are chosen on the selection split and reported on test; where nothing is chosen there (topk, prune), the
+worst on test is shown, which overstates it. The union counts a prompt if any arm makes it comply or leaves it unjudged,
+so it grows with the number of arms. p: exact McNemar test against no attack, Holm-corrected over the attack's arms."""
+TRAINED = """Training runs: one neuron at a time was clamped, to a constant, among the candidates of the recipe. Several
+neurons at once, anchored clamps, fine-tuning, edits of the weights and jailbreak prompts are other attacks."""
+ATTACKED = """Attacks: several neurons clamped at once to values that were searched together, fine-tuning or editing the
+weights, and jailbreak prompts were not tried."""
+CERTIFIED = """Certificates: nothing is said about other values or prompts, several neurons at once or other attacks. A
+breaker that flips no scanned prompt, or only prompts that the races left out, is not found, neither among the neurons
+scanned nor in the bound, which is about this very test."""
+WITHOUT_HUB = ("embedded", ".jsonl", ".json", ".csv", ".txt")
 OUTCOMES = ("refuse", "comply", "degenerate", "unjudged")
 Rows = Sequence[Sequence[str]]
 
@@ -77,20 +90,20 @@ def report(runs: Sequence[RunRecords], texts: bool = False) -> Report:
     models = [model for run in runs for model in _models(run, several=len(runs) > 1)]
     drawn: dict[str, Figure] = {}
     sections = [
-        Section("What was measured", ["Rates are of the test split, with n and 95% interval."], _comparison(models)),
+        Section("What was measured", [RATES, *_unlike(runs)], _comparison(models)),
         *_drawn("Attacks", _attack_figures(runs, models), drawn),
-        *(section for run in runs for section in _details(run, drawn, several=len(runs) > 1)),
+        *(section for place, run in enumerate(runs) for section in _details(run, drawn, place, several=len(runs) > 1)),
         *_drawn("Where refusal sits", _attribution_figures(models), drawn),
         *(section for run in runs for section in _prompts(run, texts, several=len(runs) > 1)),
-        Section("Judges", list(dict.fromkeys(note for run in runs for note in _judges(run)))),
-        Section("What this does not say", [LIMITS]),
+        Section("Judges", list(dict.fromkeys(note for run in runs for note in _judges(run, several=len(runs) > 1)))),
+        Section("What this does not say", list(dict.fromkeys(limit for run in runs for limit in _limits(run)))),
     ]
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         resources.files("harden").joinpath("data", "report.html.j2").read_text(encoding="utf-8")
     )
     html = template.render(
         generator=f"{GENERATOR} {__version__}",
-        title=", ".join(run.recipe.name if len(runs) == 1 else run.name for run in runs),
+        title=", ".join(run.title if len(runs) == 1 else run.name for run in runs),
         banners=[banner for run in runs for banner in _banners(run)],
         sections=sections,
         drawings={name: Markup(draw.svg(figure, name)) for name, figure in drawn.items()},
@@ -127,12 +140,19 @@ def _models(run: RunRecords, several: bool) -> list[Model]:
     models = []
     if run.training is not None:
         rows = summary_rows(run.training)
+        about = {
+            "model": _model(run.training.model, run.training.adapter),
+            "measured with": f"{run.training.max_new_tokens} tokens, seed {run.training.seed}",
+        }
         for place, (when, measured) in enumerate({"before": run.training.before, "after": run.training.after}.items()):
             models.append(
                 Model(
                     label=f"{run.name}: {when}" if several else when,
-                    figures={name: values[place] for name, *values in rows},
-                    attacks={"none": measured.no_attack.comply, "constant": measured.worst_neuron.comply},
+                    figures=about | {name: values[place] for name, *values in rows},
+                    attacks={
+                        "none": measured.no_attack.comply,
+                        "clamp (search of rounds)": measured.worst_neuron.comply,
+                    },
                     attribution=measured.attribution,
                 )
             )
@@ -141,10 +161,13 @@ def _models(run: RunRecords, several: bool) -> list[Model]:
     shown: dict[str, str] = {}
     attacks: dict[str, Rate] = {}
     if run.suite is not None:
-        attacks["none"] = run.suite.no_attack.comply
-        shown["attack success without attack"] = rate_text(run.suite.no_attack.comply)
-        shown["refused without attack"] = rate_text(run.suite.no_attack.refuse)
-        for attack in run.suite.attacks:
+        suite = run.suite
+        attacks["none"] = suite.no_attack.comply
+        shown["model"] = _model(suite.model, suite.adapter)
+        shown["measured with"] = f"{suite.max_new_tokens} tokens, seed {suite.seed}, {' and '.join(suite.judges)}"
+        shown["attack success without attack"] = rate_text(suite.no_attack.comply)
+        shown["refused without attack"] = rate_text(suite.no_attack.refuse)
+        for attack in suite.attacks:
             arm = shown_arm(attack)
             attacks[attack.attack] = arm.comply
             if attack.attack == "constant":
@@ -152,24 +175,45 @@ def _models(run: RunRecords, several: bool) -> list[Model]:
                     "worst single neuron": arm.label.removeprefix("clamp ").replace(" ", " clamped to "),
                     "its attack success": rate_text(arm.comply),
                     "its degenerate share": rate_text(arm.degenerate),
-                    f"union of {len(attack.arms)} clamps": rate_text(attack.union),
+                    "union over clamps": f"{rate_text(attack.union)}, {len(attack.arms)} clamps",
                 }
             else:
-                shown[f"attack success, {attack.attack}"] = rate_text(arm.comply)
-        shown["over-refusal (benign look-alikes)"] = rate_text(run.suite.over_refusal)
-        if run.suite.attribution:
-            shown["effective number of neurons"] = f"{run.suite.attribution.effective_neurons:.0f}"
+                chosen = "" if attack.tried or len(attack.arms) == 1 else f", worst of {len(attack.arms)} on test"
+                shown[f"attack success, {attack.attack}"] = rate_text(arm.comply) + chosen
+        shown["over-refusal (benign look-alikes)"] = rate_text(suite.over_refusal)
+        if suite.attribution:
+            shown["effective number of neurons"] = f"{suite.attribution.effective_neurons:.0f}"
     if run.gate is not None and run.gate.benign_kl is not None:
         kl = run.gate.benign_kl
         shown["benign KL, nats per token"] = f"{kl.mean:.3g} [{kl.low:.3g}, {kl.high:.3g}]"
     if run.certificate is not None:
         c = run.certificate
+        shown["model"] = _model(c.model, c.adapter)
         shown["neurons that break it (certificate)"] = f"{len(c.breakers)} of {c.first + c.drawn} scanned"
         shown["missed ones, at most"] = f"{c.most_missed} of {c.neurons - c.first - c.drawn}"
-    label = run.name if several or models else run.recipe.name
+    label = run.name if several or models else run.title
     models.append(Model(f"{label}: suite" if models else label, shown, attacks,
                         run.suite.attribution if run.suite else None))  # fmt: skip
     return models
+
+
+def _model(name: str, adapter: str | None) -> str:
+    return f"{name} + {adapter}" if adapter else name
+
+
+def _unlike(runs: Sequence[RunRecords]) -> list[str]:
+    """A warning where figures that stand side by side were not measured alike."""
+    found: dict[str, set] = {"prompts": set(), "judges": set(), "number of new tokens": set()}
+    for run in runs:
+        if run.suite is not None:
+            found["prompts"].add(frozenset(run.suite.no_attack.outcomes))
+            found["judges"].add(tuple(run.suite.judges))
+            found["number of new tokens"].add(run.suite.max_new_tokens)
+        if run.training is not None:
+            found["prompts"].add(frozenset(run.training.after.no_attack.outcomes))
+            found["number of new tokens"].add(run.training.max_new_tokens)
+    unlike = [what for what, values in found.items() if len(values) > 1]
+    return [f"Not measured alike: the columns differ in {', '.join(unlike)}."] if unlike else []
 
 
 def _comparison(models: Sequence[Model]) -> Rows:
@@ -193,7 +237,8 @@ def _attack_figures(runs: Sequence[RunRecords], models: Sequence[Model]) -> Iter
     if sweeps:
         yield (
             "values",
-            "What one clamped neuron does, by its value: too little leaves the refusal, too much leaves no language.",
+            "Outcomes by the value that one neuron is clamped to. The neuron was chosen on the selection split; clamps "
+            "under which the model cannot speak may have been screened out before.",
             draw.outcomes_by_value(sweeps),
         )
     suites = {run.name: run.suite for run in runs if run.suite is not None}
@@ -213,25 +258,31 @@ def _sweeps(run: RunRecords, several: bool) -> list[draw.Sweep]:
     sweeps = []
     if run.training is not None:
         for when, number in {"before": 0, "after": run.training.kept_round}.items():
-            sweeps += _sweep_of_round(run.training.rounds[number], f"{prefix}{when}")
+            record = run.training.rounds[number]
+            neuron = record.selection.worst_neuron.neuron
+            heats = [{a.value: a for a in heat if a.neuron == neuron} for heat in (record.finals, record.first_heat)]
+            sweeps.append(
+                _sweep(f"{prefix}{when}: {neuron}, selection", record.selection.no_attack, max(heats, key=len))
+            )
     constant = next((a for a in run.suite.attacks if a.attack == "constant"), None) if run.suite else None
     if run.suite is not None and constant is not None and constant.arms:
         neuron = _clamp(constant.arms[0])[0]
-        rates: dict[float | None, Mapping[str, Rate]] = {None: _rates(run.suite.no_attack)}
-        rates |= {_clamp(arm)[1]: _rates(arm) for arm in constant.arms if _clamp(arm)[0] == neuron}
-        sweeps.append(draw.Sweep(f"{prefix}{neuron}, test split", rates))
+        arms = {_clamp(arm)[1]: arm for arm in constant.arms if _clamp(arm)[0] == neuron}
+        sweeps.append(_sweep(f"{prefix}{neuron}, test", run.suite.no_attack, arms))
     return [sweep for sweep in sweeps if len(sweep.rates) > 2]
 
 
-def _sweep_of_round(record: RoundRecord, label: str) -> list[draw.Sweep]:
-    neuron = record.selection.worst_neuron.neuron
-    heats = [[attack for attack in heat if attack.neuron == neuron] for heat in (record.finals, record.first_heat)]
-    largest = max(heats, key=len)
-    n = largest[0].comply.n if largest else 0
-    plain = record.selection.no_attack
-    rates: dict[float | None, Mapping[str, Rate]] = {None: _rates(plain)}
-    rates |= {attack.value: _rates(attack) for attack in largest}
-    return [draw.Sweep(f"{label}: {neuron}, selection split, n={n}", rates)]
+def _sweep(
+    label: str, plain: ArmRecord | AttackRecord, clamped: Mapping[float, ArmRecord | AttackRecord]
+) -> draw.Sweep:
+    """All on the prompts of the clamped ones, which may be the first of those that were run without attack."""
+    prompts = next(iter(clamped.values()), plain).outcomes.keys() & plain.outcomes.keys()
+    records = {None: plain, **clamped}
+    rates = {}
+    for value, record in records.items():
+        listed = [record.outcomes[name] for name in prompts if name in record.outcomes]
+        rates[value] = {kind: Rate.of(listed.count(kind), len(listed)) for kind in OUTCOMES}
+    return draw.Sweep(f"{label}, n={len(prompts)}", rates)
 
 
 def _clamp(arm: ArmRecord) -> tuple[str, float]:
@@ -248,7 +299,11 @@ def _by_k(suite: SuiteResults) -> dict[int, Mapping[str, Rate]]:
 
 
 def _attribution_figures(models: Sequence[Model]) -> Iterable[tuple[str, str, Figure]]:
-    known = {model.label: model.attribution for model in models if model.attribution is not None}
+    known = {
+        f"{model.label} ({model.attribution.split}, n={model.attribution.prompts})": model.attribution
+        for model in models
+        if model.attribution is not None
+    }
     if not known:
         return
     yield (
@@ -268,18 +323,24 @@ def _attribution_figures(models: Sequence[Model]) -> Iterable[tuple[str, str, Fi
 # -- one run after the other -------------------------------------------------------------------------------------------
 
 
-def _details(run: RunRecords, drawn: dict[str, Figure], several: bool) -> list[Section]:
-    prefix, tag = (f"{run.name}: ", f"-{run.name.replace('/', '-')}") if several else ("", "")
+def _details(run: RunRecords, drawn: dict[str, Figure], place: int, several: bool) -> list[Section]:
+    prefix, tag = (f"{run.name}: ", f"-{place + 1}") if several else ("", "")
     sections = []
     if run.verdict is not None:
         sections.append(Section(f"{prefix}checks of the policy", [HOW_TO_READ], verdict_rows(run.verdict)))
     if run.suite is not None:
-        sections.append(Section(f"{prefix}what was attacked, and how", [_how(run.recipe, run.suite)],
-                                attack_rows(run.suite)))  # fmt: skip
+        how = _how(run.recipes["suite"], run.suite)
+        sections.append(Section(f"{prefix}what was attacked, and how", [how, ARMS], attack_rows(run.suite)))
+        if run.suite.concepts:
+            sections.append(Section(f"{prefix}concepts", rows=concept_rows(run.suite)))
     if run.certificate is not None:
         sections.append(Section(f"{prefix}certificate", [statement(run.certificate)]))
         if run.certificate.largest_drops:
-            caption = "Scanned neurons whose refusal log-odds fall most at their worst value, exactly computed."
+            caption = (
+                f"The {len(run.certificate.largest_drops)} of {run.certificate.first + run.certificate.drawn} scanned "
+                "neurons whose refusal log-odds fall most at their worst value: means over the selection prompts that "
+                "each clamp met, exactly computed."
+            )
             figure = draw.drop_map(run.certificate)
             sections += _drawn(f"{prefix}exact drops", [(f"drops{tag}", caption, figure)], drawn)
     if run.training is not None and len(run.training.rounds) > 1:
@@ -307,14 +368,20 @@ def _decisions(rounds: Sequence[RoundRecord]) -> Rows:
 
 
 def _how(recipe: Recipe, suite: SuiteResults) -> str:
+    text = (
+        f"{_model(suite.model, suite.adapter)}, harden {suite.harden_version}, seed {suite.seed}, "
+        f"{suite.seconds / 60:.0f} minutes. Greedy, {suite.max_new_tokens} new tokens, judged by "
+        f"{' and '.join(suite.judges)}; reported on {suite.no_attack.comply.n} test prompts."
+    )
+    constant = next((attack for attack in suite.attacks if attack.attack == "constant"), None)
+    if constant is None or not constant.tried:
+        return text
     attack = recipe.attack
-    return (
-        f"{suite.model}{f' with the adapter {suite.adapter}' if suite.adapter else ''}, harden {suite.harden_version}, "
-        f"seed {suite.seed}, {suite.seconds / 60:.0f} minutes. Neurons and values were chosen on "
-        f"{attack.selection_prompts} selection prompts among {attack.candidates} candidates of "
-        f"{', '.join(attack.locators)}, sizes {', '.join(f'{size:g}' for size in attack.sizes)}, and reported on "
-        f"{suite.no_attack.comply.n} test prompts. Greedy, {suite.max_new_tokens} new tokens, judged by "
-        f"{' and '.join(suite.judges)}."
+    return text + (
+        f" Clamped neurons and values were chosen on {max(arm.comply.n for arm in constant.tried)} selection prompts "
+        f"among {attack.candidates} candidates of {', '.join(attack.locators)}, sizes "
+        f"{', '.join(f'{size:g}' for size in attack.sizes)}"
+        + (f", and {', '.join(f'{x:g}' for x in attack.refine)} times the best." if attack.refine else ".")
     )
 
 
@@ -330,9 +397,12 @@ def _prompts(run: RunRecords, texts: bool, several: bool) -> list[Section]:
         arms |= {attack.attack: shown_arm(attack) for attack in run.suite.attacks}
     if not arms:
         return []
-    known = _test_prompts(run.recipe, needed=texts)
+    known: dict[str, tuple[str, str]] = {}
+    for part in ("training", "suite"):
+        if part in run.recipes:
+            known |= _test_prompts(run.recipes[part], texts)
     rows = [["prompt", "category", *(["text"] if texts else []), *arms]]
-    for name in next(iter(arms.values())).outcomes:
+    for name in dict.fromkeys(name for arm in arms.values() for name in arm.outcomes):
         category, text = known.get(name, ("–", "–"))
         outcomes = [arm.outcomes.get(name, "–") for arm in arms.values()]
         rows.append([name, category, *([text] if texts else []), *outcomes])
@@ -341,8 +411,11 @@ def _prompts(run: RunRecords, texts: bool, several: bool) -> list[Section]:
 
 
 def _test_prompts(recipe: Recipe, needed: bool) -> dict[str, tuple[str, str]]:
-    """Category and text by id; none where the source is gone and nothing needs it."""
+    """Category and text by id, as they are now. None where the source is gone, or would have to be fetched, and nothing
+    needs it."""
     sources = {kind: getattr(recipe.prompts, kind).model_dump() for kind in ("harmful", "twins", "benign")}
+    if not needed and not all(source["path"].endswith(WITHOUT_HUB) for source in sources.values()):
+        return {}
     try:
         splits = load_splits(sources, recipe.prompts.train_share, recipe.prompts.selection_share, recipe.seed)
     except HardenError:
@@ -352,8 +425,13 @@ def _test_prompts(recipe: Recipe, needed: bool) -> dict[str, tuple[str, str]]:
     return {prompt.id: (prompt.category, prompt.text) for prompt in splits["test"].harmful}
 
 
-def _judges(run: RunRecords) -> list[str]:
-    notes = [judge_note(run.recipe.judge.min_gain)]
+def _judges(run: RunRecords, several: bool) -> list[str]:
+    notes = [judge_note(recipe.judge.min_gain) for recipe in run.recipes.values()]
     if run.suite is not None and run.suite.agreement is not None:
-        notes.append(agreement_text(run.suite.agreement))
+        notes.append((f"{run.name}: " if several else "") + agreement_text(run.suite.agreement))
     return notes
+
+
+def _limits(run: RunRecords) -> list[str]:
+    records = {LIMITS: run.verdict, TRAINED: run.training, ATTACKED: run.suite, CERTIFIED: run.certificate}
+    return [limit for limit, record in records.items() if record is not None]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from harden.errors import HardenError
 from harden.files import read_finished
 from harden.recipe import Recipe, load_recipe
 from harden.results import Certificate, Results, SuiteResults
 from harden.verdict import GateResults, Verdict
+
+Part = Literal["training", "suite", "certificate"]
 
 
 @dataclass(frozen=True)
@@ -19,39 +22,50 @@ class RunRecords:
 
     name: str
     """What tells it from the other folders of a comparison."""
-    recipe: Recipe
+    recipes: dict[Part, Recipe] = field(default_factory=dict)
+    """How each part came about; parts of one folder may have been run with different ones."""
     training: Results | None = None
     suite: SuiteResults | None = None
     certificate: Certificate | None = None
     gate: GateResults | None = None
     verdict: Verdict | None = None
 
+    @property
+    def title(self) -> str:
+        return next(iter(self.recipes.values())).name
+
 
 def read_run(folder: Path, name: str) -> RunRecords:
     """The records in a folder. Raises HardenError where it holds no finished run, or one that cannot be read."""
-    gated = (folder / "verdict.json").exists()
-    gate = read_finished(folder / "results.json", GateResults) if gated else None
-    training = read_finished(folder / "results.json", Results) if not gated and _has(folder / "results.json") else None
-    suite, certificate = (
-        read_finished(path, kind) if _has(path := folder / part / file) else None
-        for part, file, kind in (
-            ("attack", "attack.json", SuiteResults),
-            ("certificate", "certificate.json", Certificate),
+    if (folder / "verdict.json").exists():
+        gate = read_finished(folder / "results.json", GateResults)
+        recipe = _recipe(folder)
+        return RunRecords(
+            name,
+            {"suite": recipe, "certificate": recipe},
+            suite=gate.suite,
+            certificate=gate.certificate,
+            gate=gate,
+            verdict=read_finished(folder / "verdict.json", Verdict),
         )
-    )
-    if gate is not None:
-        suite, certificate = gate.suite, gate.certificate
-    if training is None and suite is None and certificate is None:
+    recipes: dict[Part, Recipe] = {}
+
+    def read(part: Part, path: Path, kind):
+        if not path.exists():
+            return None
+        record = read_finished(path, kind)
+        recipes[part] = _recipe(path.parent)
+        return record
+
+    training = read("training", folder / "results.json", Results)
+    suite = read("suite", folder / "attack/attack.json", SuiteResults)
+    certificate = read("certificate", folder / "certificate/certificate.json", Certificate)
+    if not recipes:
         raise HardenError(
             f"{folder} holds no finished run: there is no results.json, attack/attack.json or "
             "certificate/certificate.json in it"
         )
-    recipes = [folder / "recipe.yaml", folder / "attack/recipe.yaml", folder / "certificate/recipe.yaml"]
-    recipe = next((path for path in recipes if path.exists()), None)
-    if recipe is None:
-        raise HardenError(f"{folder} holds results and no recipe.yaml that says how they came about")
-    verdict = read_finished(folder / "verdict.json", Verdict) if gated else None
-    return RunRecords(name, load_recipe(recipe), training, suite, certificate, gate, verdict)
+    return RunRecords(name, recipes, training, suite, certificate)
 
 
 def read_runs(folders: Iterable[Path]) -> list[RunRecords]:
@@ -65,5 +79,8 @@ def read_runs(folders: Iterable[Path]) -> list[RunRecords]:
     return [read_run(folder, "/".join(folder.parts[-depth:])) for folder in folders]
 
 
-def _has(path: Path) -> bool:
-    return path.exists()
+def _recipe(folder: Path) -> Recipe:
+    path = folder / "recipe.yaml"
+    if not path.exists():
+        raise HardenError(f"{folder} holds results and no recipe.yaml that says how they came about")
+    return load_recipe(path)

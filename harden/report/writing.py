@@ -37,8 +37,8 @@ def write_plots(folder: Path, figures: Mapping[str, Figure]) -> list[Path]:
         if others:
             raise HardenError(f"{folder} holds {others[0]}, which is no plot of this report; give another --plots")
         for name, figure in figures.items():
-            (folder / f"{name}.svg").write_text(standalone(figure, name), encoding="utf-8")
-            (folder / f"{name}.png").write_bytes(png(figure))
+            write_atomically(folder / f"{name}.svg", standalone(figure, name))
+            write_atomically(folder / f"{name}.png", png(figure))
     except OSError as error:
         raise HardenError(f"cannot write plots into {folder}: {error}") from None
     return [folder / name for name in sorted(names)]
