@@ -30,7 +30,7 @@ from harden.locate.gradient import NeuronScores, score_neurons
 from harden.locate.passes import Passes
 from harden.models import ChatModel, load_chat_model
 from harden.neurons import Neuron
-from harden.objective import Row
+from harden.objective.rows import Row
 from harden.prompts import Prompt, Split, load_prompts, load_splits
 from harden.recipe import Recipe
 from harden.refusal import RefusalPhrases

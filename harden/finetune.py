@@ -10,29 +10,31 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from harden import processes
-from harden.adapters import adapter_state, restore_adapter, trained_parameters
-from harden.attack.screen import Probe, screen_clamps
+from harden.adapters import adapter_state, restore_adapter, starting_model, trained_parameters
+from harden.adversary import CONTRAST_PROMPTS, Adversary, refresh
+from harden.attack.screen import Probe
 from harden.errors import MeasurementError
 from harden.generate import progress_bar
-from harden.interventions import Clamp
-from harden.locate.gradient import score_neurons
+from harden.locate.contrast import read_contrast
 from harden.models import ChatModel
 from harden.neurons import Neuron
-from harden.objective import Row, benign_kl, refusal_loss, refusal_rise, spread_loss
+from harden.objective.benign import benign_kl
+from harden.objective.refusal import margin_loss, refusal_loss, refusal_rise
+from harden.objective.rows import Row
+from harden.objective.spread import leverage_loss, spread_loss
 from harden.recipe import TrainSection
 from harden.refusal import RefusalPhrases
 
 logger = logging.getLogger(__name__)
 
 FINAL_LEARNING_RATE = 0.1  # of the peak, reached linearly at the last step of a round
-RELOCATE_PROMPTS = 8  # harmful and as many benign prompts; locating again must stay cheap beside the steps
 
 
 @dataclass(frozen=True)
@@ -47,27 +49,6 @@ class TrainingData:
     harmful_texts: tuple[str, ...]
     twin_texts: tuple[str, ...]
     probe: Probe
-
-
-@dataclass
-class ClampPool:
-    """Clamps to train under and how likely each is drawn."""
-
-    clamps: list[Clamp] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-
-    def draw(self, rng: random.Random) -> tuple[Clamp, ...]:
-        return (rng.choices(self.clamps, self.weights)[0],) if self.clamps else ()
-
-    def to_json(self) -> list[list[float]]:
-        return [
-            [clamp.neuron.layer, clamp.neuron.index, clamp.value, weight]
-            for clamp, weight in zip(self.clamps, self.weights, strict=True)
-        ]
-
-    @classmethod
-    def from_json(cls, rows: list[list[float]]) -> ClampPool:
-        return cls([Clamp(Neuron(int(r[0]), int(r[1])), r[2]) for r in rows], [r[3] for r in rows])
 
 
 def train_round(
@@ -92,28 +73,28 @@ def train_round(
     """
     parameters = trained_parameters(chat_model.model)
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-    pool = ClampPool()
+    adversary = Adversary()
+    values = _leverage_values(chat_model, data, settings, batch_size, random.Random(f"{seed}:{round_number}:values"))
     first = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
         restore_adapter(chat_model.model, saved["adapter"])
         optimizer.load_state_dict(saved["optimizer"])
-        pool = ClampPool.from_json(saved["pool"])
+        adversary = Adversary.from_state(saved["adversary"])
         first = saved["step"]
 
     with progress_bar(settings.steps, f"round {round_number}: train") as bar:
         bar.update(first)
         for step in range(first, settings.steps):
             began = time.monotonic()
-            if settings.clamps.share > 0 and step % settings.clamps.relocate_every == 0:
-                pool = weigh_clamps(
-                    chat_model, data, phrases, settings, max_benign_rise, past_breakers, batch_size,
-                    random.Random(f"{seed}:{round_number}:{step}:locate"),
-                )  # fmt: skip
+            adversary = refresh(
+                adversary, step, chat_model, data.harmful_texts, data.twin_texts, data.probe, phrases, settings,
+                max_benign_rise, past_breakers, batch_size, random.Random(f"{seed}:{round_number}:{step}:locate"),
+            )  # fmt: skip
             rng = random.Random(f"{seed}:{round_number}:{step}")
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * learning_rate_factor(step, settings)
-            losses = backward(chat_model, data, phrases, settings, pool, step, rng)
+            losses = backward(chat_model, data, phrases, settings, adversary, values, step, rng)
             for parameter in parameters:
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = processes.total(gradient)
@@ -125,7 +106,7 @@ def train_round(
                     "lower train.learning_rate or use model.dtype float32"
                 )
             if step > first and step % settings.checkpoint_every == 0:  # its weights have just shown to be sound
-                _save_checkpoint(checkpoint, chat_model, optimizer, pool, step)
+                _save_checkpoint(checkpoint, chat_model, optimizer, adversary, step)
             optimizer.step()
             optimizer.zero_grad()
             log({
@@ -141,13 +122,15 @@ def backward(
     data: TrainingData,
     phrases: RefusalPhrases,
     settings: TrainSection,
-    pool: ClampPool,
+    adversary: Adversary,
+    values: Sequence[torch.Tensor],
     step: int,
     rng: random.Random,
 ) -> dict[str, float]:
     """One step's rows, their loss terms and gradients; returns each term's value, over all processes.
 
-    The twins are those of the step's harmful prompts, so that what is learned tells the two apart.
+    The twins are those of the step's harmful prompts, so that what is learned tells the two apart. values: clamp values
+    of all neurons, for the leverage term.
     """
     losses: dict[str, float] = {}
 
@@ -158,21 +141,30 @@ def backward(
         (weight * loss).backward()
         losses[name] = float(processes.total(loss.detach()))
 
-    refusal, benign, spread = settings.refusal, settings.benign, settings.spread
+    refusal, benign, spread, leverage = settings.refusal, settings.benign, settings.spread, settings.leverage
     drawn = _pick(rng, range(len(data.harmful)), refusal.rows)
     if refusal.weight:
-        attacked = round(settings.clamps.share * refusal.rows)
         rows = [
-            Row(data.harmful[place], rng.choice(data.refusals), pool.draw(rng) if number < attacked else ())
+            Row(data.harmful[place], rng.choice(data.refusals), adversary.row(rng, number, settings, chat_model))
             for number, place in enumerate(drawn)
         ]
         add("refusal", refusal.weight, rows, lambda mine: refusal_loss(chat_model, mine))
+    if settings.margin.weight:
+        rows = [data.harmful[place] for place in drawn]
+        add(
+            "margin",
+            settings.margin.weight,
+            rows,
+            lambda mine: margin_loss(chat_model, mine, phrases, settings.margin.target),
+        )
     if settings.twins.weight:
         rows = [data.twins[place] for place in drawn if data.twins[place] is not None]
         if rows:
             add("twins", settings.twins.weight, rows, lambda mine: refusal_rise(chat_model, mine, phrases))
     if benign.weight:
         rows = _pick(rng, data.benign, benign.rows)
+        clamped = round(benign.clamped * len(rows))
+        rows = [replace(row, interventions=adversary.draw(rng)) for row in rows[:clamped]] + rows[clamped:]
         add("benign_kl", benign.weight, rows, lambda mine: benign_kl(chat_model, mine))
     if spread.weight and step % spread.every == 0:
         rows = _pick(rng, data.harmful, spread.rows)
@@ -180,45 +172,24 @@ def backward(
             "spread",
             spread.weight,
             rows,
-            lambda mine: spread_loss(chat_model, mine, phrases),
+            lambda mine: spread_loss(chat_model, mine, phrases, spread.order, spread.attribution),
         )
+    if leverage.weight and step % leverage.every == 0:
+        rows = _pick(rng, data.harmful, leverage.rows)
+        add("leverage", leverage.weight, rows, lambda mine: leverage_loss(chat_model, mine, phrases, values))
     return losses
 
 
-def weigh_clamps(
-    chat_model: ChatModel,
-    data: TrainingData,
-    phrases: RefusalPhrases,
-    settings: TrainSection,
-    max_benign_rise: float,
-    past_breakers: Sequence[Neuron],
-    batch_size: int,
-    rng: random.Random,
-) -> ClampPool:
-    """Locate neurons on the present weights and weigh their clamps by how well they break it now.
-
-    A clamp's weight is the squared chance that the model does not refuse under it (squared: most located clamps are
-    harmless, and would together be drawn more often than the few that work) plus `settings.clamps.floor`; clamps that
-    raise the loss on benign answers by more than `max_benign_rise` nats per token are left out. That is measured on
-    the starting model: training can widen a neuron's activation gap, and the clamps must not grow with it until they
-    only make the model babble. If none is left the pool is empty, and rows are trained without a clamp.
-    """
-    harmful, twins = (_pick(rng, texts, RELOCATE_PROMPTS) for texts in (data.harmful_texts, data.twin_texts))
-    scores = score_neurons(chat_model, harmful, twins, phrases, batch_size)
-    located = {c.neuron: c for c in scores.top(settings.clamps.pool)}
-    located.update({neuron: scores.candidate(neuron) for neuron in past_breakers})
-    clamps = [Clamp(c.neuron, c.clamp_value(size)) for c in located.values() for size in settings.clamps.sizes]
-    screened = screen_clamps(
-        chat_model, clamps, data.probe, phrases, batch_size, "weigh clamps", coherence_at_start=True
-    )
-    coherent = [entry for entry in screened if entry.benign_rise <= max_benign_rise]
-    if not coherent:
-        logger.warning("none of %d clamps is coherent: training without; smaller train.clamps.sizes?", len(clamps))
-    floor = settings.clamps.floor
-    return ClampPool(
-        [entry.clamp for entry in coherent],
-        [floor + (1 / (1 + math.exp(min(entry.log_odds, 50.0)))) ** 2 for entry in coherent],
-    )
+def _leverage_values(
+    chat_model: ChatModel, data: TrainingData, settings: TrainSection, batch_size: int, rng: random.Random
+) -> list[torch.Tensor]:
+    """Of the starting model: clamp values of all neurons, one (neurons,) vector per size; none if the term is off."""
+    if not settings.leverage.weight:
+        return []
+    texts = [_pick(rng, texts, CONTRAST_PROMPTS) for texts in (data.harmful_texts, data.twin_texts)]
+    with starting_model(chat_model.model):
+        contrast = read_contrast(chat_model, *texts, batch_size)
+    return [contrast.clamp_values(size) for size in settings.leverage.sizes]
 
 
 def learning_rate_factor(step: int, settings: TrainSection) -> float:
@@ -231,10 +202,10 @@ def _pick(rng: random.Random, items: Sequence, n: int) -> list:
     return rng.sample(items, min(n, len(items)))
 
 
-def _save_checkpoint(path: Path, chat_model: ChatModel, optimizer, pool: ClampPool, step: int) -> None:
+def _save_checkpoint(path: Path, chat_model: ChatModel, optimizer, adversary: Adversary, step: int) -> None:
     if not processes.is_main():
         return
     part = path.with_suffix(".part")
     state = {"adapter": adapter_state(chat_model.model), "optimizer": optimizer.state_dict()}
-    torch.save({**state, "pool": pool.to_json(), "step": step}, part)
+    torch.save({**state, "adversary": adversary.to_state(), "step": step}, part)
     part.replace(path)

@@ -14,7 +14,8 @@ from harden.judges.embedded import OUTCOMES
 from harden.locate.base import Candidate
 from harden.locate.gradient import NeuronScores
 from harden.models import ChatModel
-from harden.objective import Row, benign_kl
+from harden.objective.benign import benign_kl
+from harden.objective.rows import Row
 from harden.prompts import Prompt, Split
 from harden.results import (
     AttackRecord,

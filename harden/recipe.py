@@ -265,20 +265,73 @@ class ClampTerm(Section):
     """Steps after which neurons are located and clamps are weighed again."""
     floor: Weight = 0.02
     """Least sampling weight of a coherent clamp beside those that break the model now."""
+    pairs: Share = 0.0
+    """Share of the draws that clamp two neurons at once."""
+    random: Annotated[int, Field(ge=0)] = 0
+    """Neurons drawn at random that join the pool each time."""
+    replay: bool = False
+    """Neurons whose clamps broke the model at the last weighing stay in the pool."""
+
+
+class MaskTerm(Section):
+    """Baselines: harmful rows trained with neurons silenced. A fixed set is SafeNeuron's (arXiv 2602.12158), one that
+    is found anew NeuronGuard's (arXiv 2608.23959), one at random neuron dropout."""
+
+    share: Share = 0.0
+    """Share of the harmful rows that are trained so; 0 switches the term off."""
+    neurons: Share = 0.05
+    """Share of all MLP neurons that are silenced."""
+    locator: Literal["effect_size", "activation_shift", "contrast", "random"] = "effect_size"
+    """What finds them; `random` draws others for every row."""
+    relocate_every: Positive | None = None
+    """Steps after which they are found anew; null: at the start of each round only."""
+
+
+class DirectionTerm(Section):
+    """Baseline: harmful rows with a random layer's refusal direction ablated (DeepRefusal, arXiv 2509.15202)."""
+
+    share: Share = 0.0
+    """Share of the harmful rows that are trained so; 0 switches the term off."""
+    relocate_every: Positive | None = 20
+    """Steps after which the directions are found anew; null: at the start of each round only."""
+
+
+class MarginTerm(Section):
+    weight: Weight = 0.0
+    """Weight of what the refusal log-odds of a step's harmful prompts lack to `target`, in nats; 0: off."""
+    target: float = 4.0
 
 
 class SpreadTerm(Section):
     weight: Weight = 0.05
     """Weight of -log(effective number of neurons); 0 switches the term off."""
+    order: Annotated[float, Field(ge=1)] = 2.0
+    """Of the effective number (a Hill number): 1 is the entropy's, 2 the participation ratio, 8 about the largest
+    share."""
+    attribution: Literal["gradient", "direct"] = "gradient"
+    """Of gradient x activation, differentiated twice; or along the direct path through the head, once."""
     rows: Positive = 2
     every: Positive = 4
     """Steps between two spread steps: differentiating twice costs more than a plain step."""
+
+
+class LeverageTerm(Section):
+    weight: Weight = 0.0
+    """Weight of the log of the worst leverage of a single neuron (predicted drop of the log-odds at its clamp values,
+    over the log-odds); 0 switches the term off."""
+    sizes: Annotated[tuple[NonZero, ...], Field(min_length=1)] = (-10, 10)
+    """Clamp values, as in `certify.sizes`, of the starting model."""
+    rows: Positive = 2
+    every: Positive = 4
+    """Steps between two such steps: differentiating twice costs more than a plain step."""
 
 
 class BenignTerm(Section):
     weight: Weight = 1.0
     """Weight of KL(starting model || model) on the starting model's own answers; 0 switches the term off."""
     rows: Positive = 4
+    clamped: Share = 0.0
+    """Share of the rows on which both models run under a clamp drawn for training: coherent there, too."""
     twin_share: Share = 0.5
     """Share of the benign prompts that are look-alike twins."""
     answers: Positive = 128
@@ -315,14 +368,26 @@ class TrainSection(Section):
     lora: LoraSection = LoraSection()
     refusal: RefusalTerm = RefusalTerm()
     twins: TwinTerm = TwinTerm()
+    margin: MarginTerm = MarginTerm()
     clamps: ClampTerm = ClampTerm()
+    mask: MaskTerm = MaskTerm()
+    direction: DirectionTerm = DirectionTerm()
     spread: SpreadTerm = SpreadTerm()
+    leverage: LeverageTerm = LeverageTerm()
     benign: BenignTerm = BenignTerm()
 
     @model_validator(mode="after")
     def _something_is_trained(self):
-        if not (self.refusal.weight or self.twins.weight or self.spread.weight or self.benign.weight):
+        terms = (self.refusal, self.twins, self.margin, self.spread, self.leverage, self.benign)
+        if not any(term.weight for term in terms):
             raise ValueError("every term has weight 0: there is nothing to train")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_are_attacked_in_one_way(self):
+        total = self.clamps.share + self.mask.share + self.direction.share
+        if total > 1 + 1e-9:
+            raise ValueError(f"clamps.share, mask.share and direction.share are {total:g} together; at most 1")
         return self
 
 

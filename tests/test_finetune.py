@@ -1,4 +1,3 @@
-import json
 import random
 from dataclasses import replace
 
@@ -7,13 +6,15 @@ import torch
 
 import harden.finetune as finetune
 from harden.adapters import adapter_state, attach_adapter
+from harden.adversary import Adversary, refresh, weigh_clamps
 from harden.attack.screen import Probe
 from harden.errors import MeasurementError
-from harden.finetune import ClampPool, TrainingData, backward, learning_rate_factor, train_round, weigh_clamps
+from harden.finetune import TrainingData, backward, learning_rate_factor, train_round
 from harden.generate import Completion
 from harden.interventions import Clamp
+from harden.locate.gradient import score_neurons
 from harden.neurons import Neuron
-from harden.objective import Row
+from harden.objective.rows import Row
 from harden.planted import ANSWER, PLANTED_NEURON, REFUSAL
 from harden.recipe import TrainSection
 
@@ -76,7 +77,7 @@ def test_the_twins_of_a_step_are_those_of_its_harmful_prompts(planted, data, phr
     def step(data):
         harmful.clear(), twins.clear()
         section = settings(refusal={"rows": 4}, twins={"weight": 2})
-        return backward(model, data, phrases, section, ClampPool(), 1, random.Random(3))
+        return backward(model, data, phrases, section, Adversary(), [], 1, random.Random(3))
 
     assert step(data)["twins"] == 0.0  # nothing was trained yet
     drawn = [row.prompt for row in harmful]
@@ -125,31 +126,124 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_leaves_the_last_good_ch
     assert saved["step"] == 2 and all(torch.isfinite(t).all() for t in saved["adapter"].values())
 
 
+def weighed(chat_model, data, phrases, max_benign_rise=2.0, known=(), seed=0, **clamps):
+    scores = score_neurons(chat_model, data.harmful_texts, data.twin_texts, phrases, 16)
+    term = settings(clamps=clamps).clamps
+    rng = random.Random(seed)
+    return weigh_clamps(chat_model, scores, data.probe, phrases, term, max_benign_rise, known, 16, rng)
+
+
 def test_clamps_that_break_the_model_are_drawn_more_often(planted, data, phrases):
-    pool = weigh_clamps(adapted(planted), data, phrases, settings(), 2.0, [], 16, random.Random(0))
-    weight = dict(zip(pool.clamps, pool.weights, strict=True))
+    found = weighed(adapted(planted), data, phrases)
+    weight = dict(zip(found.clamps, found.weights, strict=True))
     planted_weight = max(w for clamp, w in weight.items() if clamp.neuron == PLANTED_NEURON)
     others = [w for clamp, w in weight.items() if clamp.neuron != PLANTED_NEURON]
     assert planted_weight > 1.0 and max(others) < 0.2
 
 
 def test_without_a_coherent_clamp_rows_are_trained_unclamped(planted, data, phrases):
-    pool = weigh_clamps(adapted(planted), data, phrases, settings(), -9.0, [], 16, random.Random(0))
-    assert pool == ClampPool() and pool.draw(random.Random(0)) == ()
+    found = weighed(adapted(planted), data, phrases, max_benign_rise=-9.0)
+    assert found == Adversary() and found.draw(random.Random(0)) == ()
 
 
-def test_past_breakers_stay_in_the_pool(planted, data, phrases):
-    forgotten = Neuron(2, 30)
-    pool = weigh_clamps(
-        adapted(planted), data, phrases, settings(clamps={"pool": 1}), 2.0, [forgotten], 16, random.Random(0)
+def test_known_breakers_and_neurons_at_random_join_the_pool(planted, data, phrases):
+    forgotten, model = Neuron(2, 30), adapted(planted)
+    alone = {clamp.neuron for clamp in weighed(model, data, phrases, pool=1).clamps}
+    assert len(alone) == 1 and forgotten in {
+        c.neuron for c in weighed(model, data, phrases, known=[forgotten], pool=1).clamps
+    }
+    drawn = [{c.neuron for c in weighed(model, data, phrases, seed=seed, pool=1, random=5).clamps} for seed in (0, 1)]
+    assert all(alone < neurons and len(neurons) > 3 for neurons in drawn) and drawn[0] != drawn[1]
+
+
+def refreshed(chat_model, data, phrases, adversary, step, **changes):
+    return refresh(
+        adversary, step, chat_model, data.harmful_texts, data.twin_texts, data.probe, phrases, settings(**changes), 2.0,
+        [], 16, random.Random(step),
+    )  # fmt: skip
+
+
+def test_a_breaker_is_replayed_where_the_locator_forgets_it(planted, data, phrases):
+    model, before = adapted(planted), Adversary([Clamp(Neuron(2, 30), 1.0), Clamp(Neuron(2, 31), 1.0)], [0.9, 0.1])
+    for replay in (False, True):
+        after = refreshed(model, data, phrases, before, 20, clamps={"pool": 1, "replay": replay})
+        neurons = {clamp.neuron for clamp in after.clamps}
+        assert (Neuron(2, 30) in neurons) is replay and Neuron(2, 31) not in neurons
+    assert refreshed(model, data, phrases, before, 21, clamps={"pool": 1}) == before  # nothing is due
+
+
+@pytest.mark.parametrize("every", [None, 3])
+def test_a_mask_holds_the_neurons_of_the_largest_effect_and_is_found_anew_when_due(planted, data, phrases, every):
+    off = {"share": 0}
+    term = {"share": 0.5, "neurons": 0.04, "relocate_every": every, "locator": "activation_shift"}
+    model = adapted(planted)
+    found = refreshed(model, data, phrases, Adversary(), 0, clamps=off, mask=term)
+    assert len(found.masked) == 4 and PLANTED_NEURON in found.masked  # of 96
+    other = Adversary(masked=[Neuron(0, 0)])
+    assert (refreshed(model, data, phrases, other, 3, clamps=off, mask=term) == other) is (every is None)
+    assert refreshed(model, data, phrases, other, 4, clamps=off, mask=term) == other
+
+
+def test_the_rows_of_a_step_are_attacked_in_their_shares(planted, data, phrases):
+    model = adapted(planted)
+    parts = {"clamps": {"share": 0.25}, "mask": {"share": 0.25, "neurons": 0.1}, "direction": {"share": 0.25}}
+    section = settings(refusal={"rows": 4}, **parts)
+    adversary = refreshed(model, data, phrases, Adversary(), 0, **parts)
+    rows = [adversary.row(random.Random(0), number, section, model) for number in range(4)]
+    assert [type(row[0]).__name__ if row else None for row in rows] == ["Clamp", "Scale", "Ablate", None]
+    assert len(rows[1]) == 10 and {edit.value for edit in rows[1]} == {0.0}
+    dropout = settings(refusal={"rows": 4}, clamps={"share": 0}, mask={"share": 1, "neurons": 0.1, "locator": "random"})
+    drawn = [Adversary().row(random.Random(seed), 0, dropout, model) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and len({edit.neuron for edit in drawn[2]}) == 10
+
+
+def test_shares_of_more_than_all_rows_are_an_error():
+    with pytest.raises(ValueError, match=r"1.2 together; at most 1"):
+        settings(clamps={"share": 0.6}, mask={"share": 0.6})
+
+
+def test_pairs_clamp_two_different_neurons():
+    adversary = Adversary([Clamp(Neuron(0, 1), 1.0), Clamp(Neuron(0, 1), 2.0), Clamp(Neuron(0, 2), 3.0)], [1, 1, 1])
+    drawn = [adversary.draw(random.Random(seed), pairs=0.5) for seed in range(60)]
+    pairs = [clamps for clamps in drawn if len(clamps) == 2]
+    assert 15 < len(pairs) < 45 and all(a.neuron != b.neuron for a, b in pairs)
+    assert len(Adversary([Clamp(Neuron(0, 1), 1.0)], [1.0]).draw(random.Random(0), pairs=1.0)) == 1
+
+
+def test_an_adversary_survives_a_checkpoint(tmp_path):
+    adversary = Adversary(
+        [Clamp(Neuron(1, 2), -3.5), Clamp(Neuron(0, 9), 4.0)], [0.25, 1.0], [Neuron(2, 3)], torch.eye(3)
     )
-    assert forgotten in {clamp.neuron for clamp in pool.clamps}
+    torch.save(adversary.to_state(), tmp_path / "a.pt")
+    again = Adversary.from_state(torch.load(tmp_path / "a.pt", weights_only=True))
+    assert torch.equal(again.directions, adversary.directions)
+    assert replace(again, directions=None) == replace(adversary, directions=None)
 
 
-def test_a_pool_survives_json():
-    pool = ClampPool([Clamp(Neuron(1, 2), -3.5), Clamp(Neuron(0, 9), 4.0)], [0.25, 1.0])
-    assert ClampPool.from_json(json.loads(json.dumps(pool.to_json()))) == pool
-    assert ClampPool().draw(random.Random(0)) == ()
+@pytest.mark.parametrize(
+    ("term", "name"),
+    [
+        ({"margin": {"weight": 1, "target": 9}}, "margin"),
+        ({"leverage": {"weight": 0.1, "every": 1}}, "leverage"),
+        ({"spread": {"weight": 0.1, "every": 1, "order": 8}}, "spread"),
+        ({"spread": {"weight": 0.1, "every": 1, "order": 1, "attribution": "direct"}}, "spread"),
+    ],
+)
+def test_each_term_can_be_trained_alone_and_falls(planted, data, phrases, tmp_path, term, name):
+    off = {"refusal": {"weight": 0}, "benign": {"weight": 0}, "spread": {"weight": 0}, "clamps": {"share": 0}}
+    events = run(adapted(planted), data, phrases, tmp_path / "c.pt", steps=12, **{**off, **term})
+    assert {name} == {key for key in events[0] if key in ("refusal", "benign_kl", "margin", "leverage", "spread")}
+    assert sum(e[name] for e in events[-3:]) < sum(e[name] for e in events[:3])
+
+
+def test_benign_rows_can_be_clamped(planted, data, phrases, monkeypatch):
+    rows = []
+    real = finetune.benign_kl
+    monkeypatch.setattr(finetune, "benign_kl", lambda m, mine: (rows.extend(mine), real(m, mine))[1])
+    section = settings(benign={"rows": 4, "clamped": 0.5})
+    adversary = Adversary([Clamp(PLANTED_NEURON, -30.0)], [1.0])
+    backward(adapted(planted), data, phrases, section, adversary, [], 1, random.Random(3))
+    assert [len(row.interventions) for row in rows] == [1, 1, 0, 0]
 
 
 def test_the_learning_rate_warms_up_and_decays():
@@ -162,8 +256,10 @@ def test_the_learning_rate_warms_up_and_decays():
 def test_golden_losses(planted, data, phrases):
     """A change that should not change the numbers must not. Remake with the values that the failure prints."""
     chat_model = adapted(planted)
-    pool = ClampPool([Clamp(PLANTED_NEURON, -30.0)], [1.0])
-    losses = [backward(chat_model, data, phrases, settings(), pool, step, random.Random(step)) for step in range(2)]
+    adversary = Adversary([Clamp(PLANTED_NEURON, -30.0)], [1.0])
+    losses = [
+        backward(chat_model, data, phrases, settings(), adversary, [], step, random.Random(step)) for step in range(2)
+    ]
     assert losses[0] == pytest.approx({"refusal": GOLDEN[0], "benign_kl": 0.0, "spread": GOLDEN[1]}, abs=2e-3)
     assert losses[1] == pytest.approx({"refusal": GOLDEN[2], "benign_kl": 0.0}, abs=2e-3)
 

@@ -33,7 +33,9 @@ locate.passes judges.loading
 attack.records attack.screen attack.select attack.arms attack.published
 attack.respond
 attack.search
-objective
+adversary
+objective.rows
+objective.refusal objective.benign objective.spread
 measure finetune sharding report.card report.figures report.records gate.reference gate.subject
 report.attacks report.certificate report.verdict
 report.page

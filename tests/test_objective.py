@@ -6,7 +6,10 @@ import torch
 from harden.adapters import attach_adapter, trained_parameters
 from harden.chat import pad_left
 from harden.interventions import Clamp
-from harden.objective import Row, benign_kl, refusal_loss, refusal_rise, spread_loss
+from harden.objective.benign import benign_kl
+from harden.objective.refusal import margin_loss, refusal_loss, refusal_rise
+from harden.objective.rows import Row
+from harden.objective.spread import concentration, direct_attribution, leverage_loss, spread_loss
 from harden.planted import PLANTED_NEURON
 from harden.refusal import refusal_log_odds
 
@@ -117,3 +120,81 @@ def test_descending_the_spread_loss_spreads_refusal(adapted, phrases):
         loss.backward()
         optimizer.step()
     assert values[0] < 1.5 and values[-1] > 2 * values[0]
+
+
+# -- forms of concentration, and leverage --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [1, 2, 8])
+def test_the_effective_number_counts_equal_neurons_and_sees_the_largest_first(order):
+    def effective(*attribution):
+        return math.exp(-float(concentration(torch.tensor(attribution), order)))
+
+    assert effective(0.0, 0.0, -3.0) == pytest.approx(1) and effective(1.0, -1.0, 1.0, 1.0) == pytest.approx(4)
+    assert 1 < effective(3.0, 1.0, 1.0) < 3
+    by_hand = {
+        1: math.exp(0.6 * math.log(1 / 0.6) + 0.4 * math.log(5)),
+        2: 25 / 11,
+        8: (0.6**8 + 2 * 0.2**8) ** (-1 / 7),
+    }
+    assert effective(3.0, 1.0, 1.0) == pytest.approx(by_hand[order], rel=1e-4)
+
+
+def test_an_attribution_of_zero_has_no_gradient_and_spoils_none():
+    a = torch.tensor([0.0, 2.0, 1.0], requires_grad=True)
+    concentration(a, 8).backward()
+    assert torch.isfinite(a.grad).all() and a.grad[0] == 0 and a.grad[1] > 0
+
+
+def test_direct_attribution_is_what_a_neuron_adds_to_the_log_odds_through_the_head(adapted, phrases):
+    """Moving a last-layer neuron at the last token: nothing but the norm and the head stands behind it."""
+    prompts = [adapted.chat.prompt_ids("how do i build a bomb ?")]
+    shake(adapted, 0.05)
+    _, attribution = direct_attribution(adapted, prompts, phrases)
+    width = adapted.neurons.widths[-1]
+    last = attribution[0, -width:].detach()
+    place = int(last.abs().argmax())
+    down, step = adapted.neurons.down_projections[-1], 1e-2
+    seen = []
+
+    def moved(by):
+        def edit(_module, args):
+            h = args[0].clone()
+            if h.shape[1] > 1:  # the prompt, not the phrases
+                seen.append(float(h[0, -1, place]))
+                h[0, -1, place] += by
+            return (h,)
+
+        handle = down.register_forward_pre_hook(edit)
+        with torch.no_grad():
+            odds = refusal_log_odds(adapted.model, pad_left(prompts, adapted.chat.pad_id, "cpu"), phrases)
+        handle.remove()
+        return float(odds)
+
+    slope = (moved(step) - moved(-step)) / (2 * step)
+    assert float(last[place]) == pytest.approx(seen[0] * slope, rel=0.1, abs=1e-3)
+
+
+def test_leverage_is_the_predicted_drop_at_the_worst_clamp_over_the_log_odds(adapted, phrases):
+    """The planted neuron's first-order drop to its harmless mean dwarfs all others'."""
+    prompts = [adapted.chat.prompt_ids("how do i build a bomb ?")]
+    count = adapted.neurons.count
+    with adapted.neurons.read() as h:
+        batch = pad_left(prompts, adapted.chat.pad_id, "cpu")
+        odds = refusal_log_odds(adapted.model, batch, phrases)
+        layers = [h[layer] for layer in range(len(adapted.neurons.widths))]
+        gradient = torch.autograd.grad(odds.sum(), layers)
+    values = torch.full((count,), 0.5)
+    drops = torch.cat([-((0.5 - a) * g).sum(1) for a, g in zip(layers, gradient, strict=True)], -1)
+    worst = float(drops.max()) / float(torch.nn.functional.softplus(odds))
+    loss = leverage_loss(adapted, prompts, phrases, [values])
+    assert math.exp(float(loss)) == pytest.approx(worst, rel=0.3)  # a soft maximum
+    loss.sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained_parameters(adapted.model))
+
+
+def test_margin_counts_what_is_lacking_alone(adapted, phrases):
+    prompts = [adapted.chat.prompt_ids(text) for text in ("how do i build a bomb ?", "build a cake")]
+    odds = refusal_log_odds(adapted.model, pad_left(prompts, adapted.chat.pad_id, "cpu"), phrases)
+    assert odds[0] > 1 > 0 > odds[1]
+    assert margin_loss(adapted, prompts, phrases, 1.0).tolist() == pytest.approx([0.0, 1 - float(odds[1])], abs=1e-3)

@@ -1,0 +1,46 @@
+"""Terms on refusal: say it where it is due, surely, and no more often where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from harden.adapters import starting_model
+from harden.generate import answer_cross_entropy
+from harden.models import ChatModel
+from harden.objective.rows import Row, columns
+from harden.prefill import batch_prompts
+from harden.refusal import RefusalPhrases, refusal_log_odds
+
+
+def refusal_loss(chat_model: ChatModel, rows: Sequence[Row]) -> torch.Tensor:
+    """Cross-entropy of each row's answer (a refusal) under its interventions: (batch,), nats per token."""
+    losses, mask = answer_cross_entropy(chat_model, *columns(rows))
+    return losses.sum(1) / mask.sum(1)
+
+
+def margin_loss(
+    chat_model: ChatModel, prompts: Sequence[Sequence[int]], phrases: RefusalPhrases, target: float
+) -> torch.Tensor:
+    """By how much each harmful prompt's refusal log-odds fall short of `target`, and 0 where they do not: (batch,).
+
+    Cross-entropy lifts sure refusals further and spends itself on which words they take; this lifts the unsure ones.
+    """
+    return (target - _log_odds(chat_model, prompts, phrases)).relu()
+
+
+def refusal_rise(chat_model: ChatModel, prompts: Sequence[Sequence[int]], phrases: RefusalPhrases) -> torch.Tensor:
+    """How far each prompt's refusal log-odds stand above the starting model's, and 0 where they do not: (batch,).
+
+    On look-alike twins it is what over-refusal comes from. KL hardly sees it: a twin whose refusal goes from 45 to 55%
+    costs two hundredths of a nat.
+    """
+    with torch.no_grad(), starting_model(chat_model.model):
+        start = _log_odds(chat_model, prompts, phrases)
+    return (_log_odds(chat_model, prompts, phrases) - start).relu()
+
+
+def _log_odds(chat_model: ChatModel, prompts: Sequence[Sequence[int]], phrases: RefusalPhrases) -> torch.Tensor:
+    none = [()] * len(prompts)
+    return refusal_log_odds(chat_model.model, batch_prompts(chat_model, prompts, none), phrases)
