@@ -447,12 +447,26 @@ class Recipe(Section):
 def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read a recipe file and lay `overrides` (nested dicts) over it.
 
-    A relative path in the file that exists beside the file is meant relative to it. Raises HardenError with every
-    problem found: a missing file, bad YAML, unknown keys (with the nearest known key), wrong types.
+    A relative path in the file that exists beside the file is meant relative to it. A file may begin with `base:`,
+    another recipe that it is laid over. Raises HardenError with every problem found: a missing file, bad YAML, unknown
+    keys (with the nearest known key), wrong types.
     """
     path = Path(path)
-    data = merge(resolve_paths(read_mapping(path, "recipe"), path.resolve().parent), overrides or {})
-    return validated(Recipe, data, f"recipe {path}")
+    return validated(Recipe, merge(_read(path, ()), overrides or {}), f"recipe {path}")
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The keys of a recipe file over those of its base. above: the files that led here."""
+    data, place = read_mapping(path, "recipe"), path.resolve()
+    base = data.pop("base", None)
+    data = resolve_paths(data, place.parent)
+    if base is None:
+        return data
+    if not isinstance(base, str):
+        raise HardenError(f"recipe {path}: base is {base!r}, and must be the path of a recipe")
+    if (place.parent / base).resolve() in (*above, place):
+        raise HardenError(f"recipe {path}: its base {base} leads back to it")
+    return merge(_read(place.parent / base, (*above, place)), data)
 
 
 def read_overrides(arguments: list[str], program: str) -> dict[str, Any]:

@@ -133,3 +133,34 @@ def test_an_address_that_yaml_reads_as_a_number_is_explained(tmp_path):
         load_recipe(path)
     path.write_text("{name: x, output: y, model: {name: m}, attack: {neurons: ['1:17']}}")
     assert load_recipe(path).attack.neurons == ("1:17",)
+
+
+# -- a recipe laid over another ----------------------------------------------------------------------------------------
+
+
+def test_a_recipe_is_laid_over_its_base_and_paths_are_each_files_own(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "mine.jsonl").touch()
+    base = {**MINIMAL, "seed": 3, "prompts": {"harmful": {"path": "mine.jsonl"}}, "train": {"steps": 5}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "deep/middle.yaml").write_text("base: ../base.yaml\nname: middle\ntrain: {learning_rate: 0.5}\n")
+    (tmp_path / "deep/recipe.yaml").write_text("base: middle.yaml\nseed: 4\n")
+    recipe = load_recipe(tmp_path / "deep/recipe.yaml", {"train": {"steps": 7}})
+    assert (recipe.name, recipe.seed, recipe.train.steps, recipe.train.learning_rate) == ("middle", 4, 7, 0.5)
+    assert recipe.prompts.harmful.path == str(tmp_path / "mine.jsonl")
+    assert "base:" not in recipe.to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: recipe.yaml\nname: x\n", "leads back to it"),
+        ("base: other.yaml\nname: x\n", "leads back to it"),
+        ("base: missing.yaml\n", "no such recipe: .*missing.yaml"),
+        ("base: [a]\n", r"base is \['a'\], and must be the path of a recipe"),
+    ],
+)
+def test_bases_that_are_none_are_named(tmp_path, text, message):
+    (tmp_path / "other.yaml").write_text("base: recipe.yaml\n")
+    with pytest.raises(HardenError, match=message):
+        load_recipe(write(tmp_path, text))
