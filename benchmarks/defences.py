@@ -3,7 +3,7 @@
     python benchmarks/defences.py --output OUT [--recipes RECIPE.yaml ...] [--seeds 0 1 2] [--attack RECIPE.yaml] \\
         [--train.steps 34 ...]
 
-Options of a recipe change all of them alike, the suite's too. Everything is a run folder in OUT/<name>/seed-<n>, goes on
+Options of a recipe change all of them alike, the suite's too. Everything is a run folder OUT/<name>/seed-<n>, goes on
 where it was interrupted, and is read again when it is complete. Prints a Markdown table, one row per recipe: the mean
 over the seeds and, in brackets, the least and the most. All figures are of the test split, on the seed's own prompts.
 """
