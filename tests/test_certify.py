@@ -201,13 +201,14 @@ def test_values_that_give_no_number_flip_nothing(setup, monkeypatch):
     assert found.most_missed == most_missed(ALL - 6, 4, bad)
 
 
-def test_a_smaller_clamp_is_held_ready_beside_the_one_with_the_largest_drop(monkeypatch):
-    """1:5 flips from 2 on, falls most at 8 and babbles at 16; 1:6 flips nothing."""
+def test_a_smaller_clamp_is_held_ready_beside_the_one_that_flips_most(monkeypatch):
+    """1:5 flips from 2 on, all that it met at 8 (and falls more there than at 2), and babbles at 16; 1:6 flips nothing.
+    At 4 the mean falls more, of other prompts."""
     values, met = [1.0, 2.0, 4.0, 8.0, 16.0], [4, 2, 4, 2, 2]
-    odds = [[3.0, 0.2, 0.5, -2.0, -9.0], [3.0] * 5]
+    odds = [[3.0, 0.2, -3.0, -2.0, -9.0], [3.0] * 5]
     scans = [
         NeuronScan(neuron=neuron, prompts=met, values=values, log_odds=log_odds, flips=flips)
-        for neuron, log_odds, flips in zip(["1:5", "1:6"], odds, [[0, 1, 3, 1, 2], [0] * 5], strict=True)
+        for neuron, log_odds, flips in zip(["1:5", "1:6"], odds, [[0, 1, 2, 1, 1], [0] * 5], strict=True)
     ]
 
     def screened(_model, clamps, *_):

@@ -214,8 +214,9 @@ def _neuron_scan(
 def _suspects(bench: Bench, scans: Sequence[NeuronScan], plain: Sequence[float]) -> list[tuple[str, float, int, int]]:
     """Coherent clamps that flip a scanned prompt: address, value, how many it flips, and of how many refused ones.
 
-    Of each neuron the one under which log-odds fall most, and behind those of all neurons the smallest one: a clamp may
-    break the model where a larger one only makes gibberish.
+    Of each neuron the one that flips the largest share of the refused prompts that it met (of equals the one under which
+    log-odds fall most), and behind those of all neurons the smallest one: a clamp may break the model where a larger one
+    only makes gibberish.
     """
     flips: dict[Clamp, tuple[int, int]] = {}
     drop: dict[Clamp, float] = {}
@@ -234,7 +235,8 @@ def _suspects(bench: Bench, scans: Sequence[NeuronScan], plain: Sequence[float])
     )  # fmt: skip
     coherent = [entry.clamp for entry in screened if entry.benign_rise <= limit]
     chosen: dict[Clamp, None] = {}
-    for order in (lambda clamp: -drop[clamp], lambda clamp: abs(clamp.value)):
+    strongest = {clamp: (-count / refused, -drop[clamp]) for clamp, (count, refused) in flips.items()}
+    for order in (strongest.__getitem__, lambda clamp: abs(clamp.value)):
         first: dict[Neuron, Clamp] = {}
         for clamp in sorted(coherent, key=order):
             first.setdefault(clamp.neuron, clamp)
