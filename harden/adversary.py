@@ -1,6 +1,7 @@
 """What harmful rows are trained under: clamps that break the model now, and the baselines' masks and ablations.
 
-Nothing here grows with training: clamp sizes and coherence are those of the starting model.
+Neurons are located on the present weights, and clamp sizes count in their present gaps; what keeps clamps from growing
+with training is that they must be coherent on the starting model.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from harden.activations import neuron_at
 from harden.attack.arms import refusal_directions
 from harden.attack.screen import Probe, screen_clamps
 from harden.interventions import Ablate, Clamp, Intervention, Scale
+from harden.locate.base import Candidate
 from harden.locate.contrast import read_contrast
 from harden.locate.gradient import NeuronScores, score_neurons
 from harden.models import ChatModel
@@ -29,15 +32,17 @@ logger = logging.getLogger(__name__)
 
 RELOCATE_PROMPTS = 8  # harmful and as many look-alikes; locating again must stay cheap beside the steps
 CONTRAST_PROMPTS = 32  # of either kind, for masks and directions: forward passes alone
-REPLAYED = 0.25  # weight from which on a clamp is not forgotten: an even chance that the model does not refuse
+REPLAYED = 0.25  # weight over the floor from which on a neuron is not forgotten: an even chance of no refusal
 
 
 @dataclass
 class Adversary:
-    """Clamps and how likely each is drawn; neurons that are masked; the refusal direction of each layer."""
+    """Clamps and how likely each is drawn; neurons that broke the model; those that are masked; refusal directions."""
 
     clamps: list[Clamp] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
+    breakers: list[Neuron] = field(default_factory=list)
+    """Of any earlier weighing in this round."""
     masked: list[Neuron] = field(default_factory=list)
     directions: torch.Tensor | None = None
     """(layers, d_model), unit vectors."""
@@ -47,7 +52,7 @@ class Adversary:
         if not self.clamps:
             return ()
         first = rng.choices(self.clamps, self.weights)[0]
-        if rng.random() >= pairs:
+        if not pairs or rng.random() >= pairs:
             return (first,)
         others = [place for place, clamp in enumerate(self.clamps) if clamp.neuron != first.neuron]
         if not others:
@@ -60,10 +65,8 @@ class Adversary:
     ) -> tuple[Intervention, ...]:
         """What the number-th harmful row of a step is trained under: the first under clamps, the next masked, the next
         with a direction ablated, the others under nothing."""
-        rows = settings.refusal.rows
-        clamped = round(settings.clamps.share * rows)
-        masked = clamped + round(settings.mask.share * rows)
-        ablated = masked + round(settings.direction.share * rows)
+        rows, shares = settings.refusal.rows, (settings.clamps.share, settings.mask.share, settings.direction.share)
+        clamped, masked, ablated = (round(rows * total) for total in accumulate(shares))
         if number < clamped:
             return self.draw(rng, settings.clamps.pairs)
         if number < masked:
@@ -84,6 +87,7 @@ class Adversary:
                 [clamp.neuron.layer, clamp.neuron.index, clamp.value, weight]
                 for clamp, weight in zip(self.clamps, self.weights, strict=True)
             ],
+            "breakers": [[neuron.layer, neuron.index] for neuron in self.breakers],
             "masked": [[neuron.layer, neuron.index] for neuron in self.masked],
             "directions": self.directions,
         }
@@ -94,7 +98,7 @@ class Adversary:
         return cls(
             [Clamp(Neuron(int(r[0]), int(r[1])), r[2]) for r in rows],
             [r[3] for r in rows],
-            [Neuron(layer, index) for layer, index in state["masked"]],
+            *([Neuron(layer, index) for layer, index in state[name]] for name in ("breakers", "masked")),
             state["directions"],
         )
 
@@ -115,13 +119,20 @@ def refresh(
 ) -> Adversary:
     """The adversary at a step: what is due is located anew on the present weights, the rest stays."""
     clamps, mask, direction = settings.clamps, settings.mask, settings.direction
-    if clamps.share and step % clamps.relocate_every == 0:
-        kept = [c.neuron for c, weight in zip(adversary.clamps, adversary.weights, strict=True) if weight >= REPLAYED]
-        known = [*past_breakers, *(kept if clamps.replay else ())]
+    if settings.draws_clamps and step % clamps.relocate_every == 0:
+        known = [*past_breakers, *(adversary.breakers if clamps.replay else ())]
         texts = _pick(rng, harmful, RELOCATE_PROMPTS), _pick(rng, twins, RELOCATE_PROMPTS)
         scores = score_neurons(chat_model, *texts, phrases, batch_size)
-        found = weigh_clamps(chat_model, scores, probe, phrases, clamps, max_benign_rise, known, batch_size, rng)
-        adversary = replace(adversary, clamps=found.clamps, weights=found.weights)
+        at_random: list[Candidate] = []
+        if clamps.random:  # sizes count in standard deviations where a gap is smaller: most of theirs are noise
+            contrast = read_contrast(chat_model, *texts, batch_size)
+            columns = rng.sample(range(chat_model.neurons.count), min(clamps.random, chat_model.neurons.count))
+            at_random = [contrast.candidate(column) for column in columns]
+        found = weigh_clamps(chat_model, scores, probe, phrases, clamps, max_benign_rise, known, at_random, batch_size)
+        worst = zip(found.clamps, found.weights, strict=True)
+        now = [clamp.neuron for clamp, weight in worst if weight - clamps.floor >= REPLAYED]
+        breakers = list(dict.fromkeys([*adversary.breakers, *now]))
+        adversary = replace(adversary, clamps=found.clamps, weights=found.weights, breakers=breakers)
     locate_mask = mask.share and mask.locator != "random" and _due(step, mask.relocate_every)
     locate_directions = direction.share and _due(step, direction.relocate_every)
     if locate_mask or locate_directions:
@@ -143,8 +154,8 @@ def weigh_clamps(
     settings: ClampTerm,
     max_benign_rise: float,
     known: Sequence[Neuron],
+    at_random: Sequence[Candidate],
     batch_size: int,
-    rng: random.Random,
 ) -> Adversary:
     """Clamps of the best-scored neurons, of known ones and of some at random, weighed by how well they work now.
 
@@ -155,9 +166,8 @@ def weigh_clamps(
     make the model babble. If none is left there are no clamps, and rows are trained without.
     """
     candidates = {c.neuron: c for c in scores.top(settings.pool)}
-    drawn = rng.sample(range(chat_model.neurons.count), settings.random) if settings.random else []
-    for neuron in (*known, *(neuron_at(chat_model, column) for column in drawn)):
-        candidates[neuron] = scores.candidate(neuron)
+    candidates |= {neuron: scores.candidate(neuron) for neuron in known}
+    candidates |= {c.neuron: c for c in at_random}
     clamps = [Clamp(c.neuron, c.clamp_value(size)) for c in candidates.values() for size in settings.sizes]
     screened = screen_clamps(chat_model, clamps, probe, phrases, batch_size, "weigh clamps", coherence_at_start=True)
     coherent = [entry for entry in screened if entry.benign_rise <= max_benign_rise]

@@ -73,7 +73,8 @@ class Bench:
             raise HardenError(f"certify.layers {list(recipe.certify.layers)}: the model has layers 0 to {n_layers - 1}")
         model = self.chat_model.model
         weights = processes.from_main(lambda: digest(adapter_state(model) if training else model.state_dict()))
-        shard_frozen_weights(self.chat_model, recipe.train.spread.weight if training else 0.0)
+        inside = [name for name in ("spread", "leverage") if training and getattr(recipe.train, name).weight]
+        shard_frozen_weights(self.chat_model, inside[0] if inside else None)
         self.phrases = RefusalPhrases(self.chat_model.chat, recipe.refusal.phrases)
         reference = self._load(recipe.judge.reference, device) if recipe.judge.reference else None
         second = load_judge(recipe.judge.second, device) if recipe.judge.second else None

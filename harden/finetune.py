@@ -87,10 +87,11 @@ def train_round(
         bar.update(first)
         for step in range(first, settings.steps):
             began = time.monotonic()
-            adversary = refresh(
-                adversary, step, chat_model, data.harmful_texts, data.twin_texts, data.probe, phrases, settings,
-                max_benign_rise, past_breakers, batch_size, random.Random(f"{seed}:{round_number}:{step}:locate"),
-            )  # fmt: skip
+            if step > first or not first:  # a checkpoint has that of its step
+                adversary = refresh(
+                    adversary, step, chat_model, data.harmful_texts, data.twin_texts, data.probe, phrases, settings,
+                    max_benign_rise, past_breakers, batch_size, random.Random(f"{seed}:{round_number}:{step}:locate"),
+                )  # fmt: skip
             rng = random.Random(f"{seed}:{round_number}:{step}")
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * learning_rate_factor(step, settings)

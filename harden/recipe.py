@@ -260,7 +260,8 @@ class ClampTerm(Section):
     """Share of the harmful rows that are trained under a clamp; 0 switches the term off."""
     pool: Positive = 24
     """Best-scored neurons that clamps are drawn from, beside those that broke the model in earlier rounds."""
-    sizes: Sizes = (4, 8, 16)
+    sizes: Annotated[tuple[NonZero, ...], Field(min_length=1)] = (4, 8, 16)
+    """In activation gaps beyond the harmless mean; negative ones have the other sign."""
     relocate_every: Positive = 20
     """Steps after which neurons are located and clamps are weighed again."""
     floor: Weight = 0.02
@@ -270,16 +271,16 @@ class ClampTerm(Section):
     random: Annotated[int, Field(ge=0)] = 0
     """Neurons drawn at random that join the pool each time."""
     replay: bool = False
-    """Neurons whose clamps broke the model at the last weighing stay in the pool."""
+    """Neurons whose clamps broke the model at any weighing of the round stay in the pool."""
 
 
 class MaskTerm(Section):
-    """Baselines: harmful rows trained with neurons silenced. A fixed set is SafeNeuron's (arXiv 2602.12158), one that
-    is found anew NeuronGuard's (arXiv 2608.23959), one at random neuron dropout."""
+    """Baselines: harmful rows trained with neurons silenced. A fixed set is after SafeNeuron (arXiv 2602.12158), one
+    that is found anew after NeuronGuard (arXiv 2608.23959), one at random is neuron dropout, without rescaling."""
 
     share: Share = 0.0
     """Share of the harmful rows that are trained so; 0 switches the term off."""
-    neurons: Share = 0.05
+    neurons: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of all MLP neurons that are silenced."""
     locator: Literal["effect_size", "activation_shift", "contrast", "random"] = "effect_size"
     """What finds them; `random` draws others for every row."""
@@ -288,7 +289,7 @@ class MaskTerm(Section):
 
 
 class DirectionTerm(Section):
-    """Baseline: harmful rows with a random layer's refusal direction ablated (DeepRefusal, arXiv 2509.15202)."""
+    """Baseline: harmful rows with a random layer's refusal direction ablated (after DeepRefusal, arXiv 2509.15202)."""
 
     share: Share = 0.0
     """Share of the harmful rows that are trained so; 0 switches the term off."""
@@ -305,7 +306,7 @@ class MarginTerm(Section):
 class SpreadTerm(Section):
     weight: Weight = 0.05
     """Weight of -log(effective number of neurons); 0 switches the term off."""
-    order: Annotated[float, Field(ge=1)] = 2.0
+    order: Literal[1, 2, 4, 8] = 2
     """Of the effective number (a Hill number): 1 is the entropy's, 2 the participation ratio, 8 about the largest
     share."""
     attribution: Literal["gradient", "direct"] = "gradient"
@@ -383,11 +384,23 @@ class TrainSection(Section):
             raise ValueError("every term has weight 0: there is nothing to train")
         return self
 
+    @property
+    def draws_clamps(self) -> bool:
+        return bool((self.clamps.share and self.refusal.weight) or (self.benign.clamped and self.benign.weight))
+
     @model_validator(mode="after")
     def _rows_are_attacked_in_one_way(self):
-        total = self.clamps.share + self.mask.share + self.direction.share
+        shares = {name: getattr(self, name).share for name in ("clamps", "mask", "direction")}
+        total = sum(shares.values())
         if total > 1 + 1e-9:
             raise ValueError(f"clamps.share, mask.share and direction.share are {total:g} together; at most 1")
+        for name in ("mask", "direction"):
+            if shares[name] and not self.refusal.weight:
+                raise ValueError(f"{name}.share {shares[name]:g} without refusal.weight: no row is trained so")
+            if 0 < shares[name] * self.refusal.rows < 0.5:
+                raise ValueError(f"{name}.share {shares[name]:g} of {self.refusal.rows} refusal.rows is no row")
+        if self.mask.locator == "random" and self.mask.relocate_every is not None:
+            raise ValueError("mask.relocate_every with mask.locator random: those are drawn for every row anyway")
         return self
 
 

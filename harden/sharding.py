@@ -19,16 +19,18 @@ from harden.models import ChatModel
 logger = logging.getLogger(__name__)
 
 
-def shard_frozen_weights(chat_model: ChatModel, spread_weight: float) -> None:
+def shard_frozen_weights(chat_model: ChatModel, differentiated: str | None) -> None:
     """Shard the base under `chat_model.model` (on the CPU), in place, if the launch asks for FSDP.
 
-    Raises HardenError when the spread term is on: it differentiates twice, and FSDP2 frees a layer's weights before
-    the second time.
+    differentiated: a loss term that differentiates inside, if one is on. HardenError then: FSDP2 frees a layer's
+    weights before the second time.
     """
     if not processes.sharded():
         return
-    if spread_weight:
-        raise HardenError("train.spread cannot run under FSDP, which has no second derivative: set its weight to 0")
+    if differentiated:
+        raise HardenError(
+            f"train.{differentiated} cannot run under FSDP, which has no second derivative: set its weight to 0"
+        )
     model = chat_model.model
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     n_layers = len(chat_model.neurons.widths)

@@ -13,6 +13,7 @@ from harden.finetune import TrainingData, backward, learning_rate_factor, train_
 from harden.generate import Completion
 from harden.interventions import Clamp
 from harden.locate.gradient import score_neurons
+from harden.models import load_chat_model
 from harden.neurons import Neuron
 from harden.objective.rows import Row
 from harden.planted import ANSWER, PLANTED_NEURON, REFUSAL
@@ -87,11 +88,21 @@ def test_the_twins_of_a_step_are_those_of_its_harmful_prompts(planted, data, phr
     assert "twins" not in step(replace(data, twins=(None,) * len(data.harmful))) and not twins
 
 
-def test_an_interrupted_round_ends_like_an_undisturbed_one(planted, planted_folder, data, phrases, tmp_path):
-    from harden.models import load_chat_model
-
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"clamps": {"share": 0.75, "relocate_every": 2, "replay": True, "pairs": 0.5, "random": 3}},
+        {
+            "clamps": {"share": 0.25, "relocate_every": 4}, "leverage": {"weight": 0.1, "every": 2},
+            "mask": {"share": 0.25, "relocate_every": 2}, "direction": {"share": 0.5, "relocate_every": 4},
+        },
+        {"clamps": {"share": 0}, "mask": {"share": 1, "locator": "random"}, "benign": {"clamped": 0.5}},
+    ],
+)  # fmt: skip
+def test_an_interrupted_round_ends_like_an_undisturbed_one(planted, planted_folder, data, phrases, tmp_path, changes):
     whole = adapted(planted)
-    run(whole, data, phrases, tmp_path / "whole.pt")
+    run(whole, data, phrases, tmp_path / "whole.pt", **changes)
 
     class Killed(Exception):
         pass
@@ -102,12 +113,37 @@ def test_an_interrupted_round_ends_like_an_undisturbed_one(planted, planted_fold
                 raise Killed
 
     with pytest.raises(Killed):
-        run(adapted(load_chat_model(str(planted_folder))), data, phrases, tmp_path / "c.pt", log=Kill())
+        run(adapted(load_chat_model(str(planted_folder))), data, phrases, tmp_path / "c.pt", log=Kill(), **changes)
     resumed = adapted(load_chat_model(str(planted_folder)))
-    events = run(resumed, data, phrases, tmp_path / "c.pt")
+    events = run(resumed, data, phrases, tmp_path / "c.pt", **changes)
     assert [e["step"] for e in events] == [5, 6]
     for name, tensor in adapter_state(whole.model).items():
         assert torch.equal(tensor, adapter_state(resumed.model)[name]), name
+
+
+def test_what_a_step_draws_is_pinned(planted, data, phrases, monkeypatch):
+    """Published figures hang on it: a change here makes the shipped recipes train another run."""
+    rows = []
+    refusal, benign = finetune.refusal_loss, finetune.benign_kl
+    monkeypatch.setattr(finetune, "refusal_loss", lambda m, mine: (rows.extend(mine), refusal(m, mine))[1])
+    monkeypatch.setattr(finetune, "benign_kl", lambda m, mine: (rows.extend(mine), benign(m, mine))[1])
+    adversary = Adversary([Clamp(Neuron(1, n), 1.0) for n in range(4)], [1.0, 2.0, 3.0, 4.0])
+    data = replace(data, refusals=tuple((n,) for n in range(9, 29)))
+    backward(adapted(planted), data, phrases, settings(), adversary, [], 1, random.Random(3))
+    drawn = [
+        (
+            data.harmful.index(row.prompt),
+            row.answer[0],
+            row.interventions[0].neuron.index if row.interventions else None,
+        )
+        for row in rows[:4]
+    ]
+    assert drawn == DRAWN
+    assert [next(n for n, row in enumerate(data.benign) if row == mine) for mine in rows[4:]] == DRAWN_BENIGN
+
+
+DRAWN = [(3, 20, 3), (4, 24, 3), (6, 11, None), (1, 28, None)]
+DRAWN_BENIGN = [0, 6]
 
 
 def test_a_loss_that_is_not_finite_stops_at_its_step_and_leaves_the_last_good_checkpoint(
@@ -126,11 +162,11 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_leaves_the_last_good_ch
     assert saved["step"] == 2 and all(torch.isfinite(t).all() for t in saved["adapter"].values())
 
 
-def weighed(chat_model, data, phrases, max_benign_rise=2.0, known=(), seed=0, **clamps):
+def weighed(chat_model, data, phrases, max_benign_rise=2.0, **clamps):
     scores = score_neurons(chat_model, data.harmful_texts, data.twin_texts, phrases, 16)
-    term = settings(clamps=clamps).clamps
-    rng = random.Random(seed)
-    return weigh_clamps(chat_model, scores, data.probe, phrases, term, max_benign_rise, known, 16, rng)
+    return weigh_clamps(
+        chat_model, scores, data.probe, phrases, settings(clamps=clamps).clamps, max_benign_rise, [], [], 16
+    )
 
 
 def test_clamps_that_break_the_model_are_drawn_more_often(planted, data, phrases):
@@ -146,30 +182,37 @@ def test_without_a_coherent_clamp_rows_are_trained_unclamped(planted, data, phra
     assert found == Adversary() and found.draw(random.Random(0)) == ()
 
 
-def test_known_breakers_and_neurons_at_random_join_the_pool(planted, data, phrases):
-    forgotten, model = Neuron(2, 30), adapted(planted)
-    alone = {clamp.neuron for clamp in weighed(model, data, phrases, pool=1).clamps}
-    assert len(alone) == 1 and forgotten in {
-        c.neuron for c in weighed(model, data, phrases, known=[forgotten], pool=1).clamps
-    }
-    drawn = [{c.neuron for c in weighed(model, data, phrases, seed=seed, pool=1, random=5).clamps} for seed in (0, 1)]
-    assert all(alone < neurons and len(neurons) > 3 for neurons in drawn) and drawn[0] != drawn[1]
-
-
-def refreshed(chat_model, data, phrases, adversary, step, **changes):
+def refreshed(chat_model, data, phrases, adversary, step, known=(), **changes):
     return refresh(
         adversary, step, chat_model, data.harmful_texts, data.twin_texts, data.probe, phrases, settings(**changes), 2.0,
-        [], 16, random.Random(step),
+        known, 16, random.Random(step),
     )  # fmt: skip
 
 
-def test_a_breaker_is_replayed_where_the_locator_forgets_it(planted, data, phrases):
-    model, before = adapted(planted), Adversary([Clamp(Neuron(2, 30), 1.0), Clamp(Neuron(2, 31), 1.0)], [0.9, 0.1])
+def test_known_breakers_and_neurons_at_random_join_the_pool(planted, data, phrases):
+    model = adapted(planted)
+
+    def pool(step=0, known=(), **clamps):
+        found = refreshed(model, data, phrases, Adversary(), step, known, clamps={"pool": 1, **clamps})
+        return {clamp.neuron for clamp in found.clamps}
+
+    alone = pool()
+    assert len(alone) == 1 and pool(known=[Neuron(2, 30)]) == {*alone, Neuron(2, 30)}
+    drawn = [pool(step, random=5) for step in (0, 20)]
+    assert all(alone < neurons and len(neurons) > 3 for neurons in drawn) and drawn[0] != drawn[1]
+    assert len(pool(random=10**6)) > 90  # all there are, but for incoherent ones
+
+
+def test_a_breaker_is_replayed_ever_after(planted, data, phrases):
+    """Also where the locator forgets it and its clamps have stopped to work."""
+    model, hole = adapted(planted), Neuron(2, 30)
     for replay in (False, True):
-        after = refreshed(model, data, phrases, before, 20, clamps={"pool": 1, "replay": replay})
-        neurons = {clamp.neuron for clamp in after.clamps}
-        assert (Neuron(2, 30) in neurons) is replay and Neuron(2, 31) not in neurons
-    assert refreshed(model, data, phrases, before, 21, clamps={"pool": 1}) == before  # nothing is due
+        adversary = Adversary(breakers=[hole])
+        for step in (20, 40):
+            adversary = refreshed(model, data, phrases, adversary, step, clamps={"pool": 1, "replay": replay})
+            assert (hole in {clamp.neuron for clamp in adversary.clamps}) is replay
+            assert set(adversary.breakers) == {hole, PLANTED_NEURON}
+    assert refreshed(model, data, phrases, adversary, 41, clamps={"pool": 1}) == adversary  # nothing is due
 
 
 @pytest.mark.parametrize("every", [None, 3])
@@ -212,7 +255,7 @@ def test_pairs_clamp_two_different_neurons():
 
 def test_an_adversary_survives_a_checkpoint(tmp_path):
     adversary = Adversary(
-        [Clamp(Neuron(1, 2), -3.5), Clamp(Neuron(0, 9), 4.0)], [0.25, 1.0], [Neuron(2, 3)], torch.eye(3)
+        [Clamp(Neuron(1, 2), -3.5), Clamp(Neuron(0, 9), 4.0)], [0.25, 1.0], [Neuron(1, 2)], [Neuron(2, 3)], torch.eye(3)
     )
     torch.save(adversary.to_state(), tmp_path / "a.pt")
     again = Adversary.from_state(torch.load(tmp_path / "a.pt", weights_only=True))

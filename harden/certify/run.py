@@ -214,9 +214,9 @@ def _neuron_scan(
 def _suspects(bench: Bench, scans: Sequence[NeuronScan], plain: Sequence[float]) -> list[tuple[str, float, int, int]]:
     """Coherent clamps that flip a scanned prompt: address, value, how many it flips, and of how many refused ones.
 
-    Of each neuron the one that flips the largest share of the refused prompts that it met (of equals the one under which
-    log-odds fall most), and behind those of all neurons the smallest one: a clamp may break the model where a larger one
-    only makes gibberish.
+    Of each neuron the one that flips the largest share of the refused prompts that it met (of equals the one under
+    which log-odds fall most), and behind those of all neurons the smallest one: a clamp may break the model where a
+    larger one only makes gibberish.
     """
     flips: dict[Clamp, tuple[int, int]] = {}
     drop: dict[Clamp, float] = {}

@@ -38,8 +38,12 @@ def spread_loss(
 
 
 def concentration(attribution: torch.Tensor, order: float) -> torch.Tensor:
-    """-H_order of the shares of |attribution| over the last dimension: 0 if one holds all, -log n if n are equal."""
-    log_share = attribution.abs().clamp_min(TINY).log().log_softmax(-1)
+    """-H_order of the shares of |attribution| over the last dimension: 0 if one holds all, -log n if n are equal.
+
+    Not a number where all are 0: refusal then rests on nothing.
+    """
+    size = attribution.abs()
+    log_share = size.clamp_min(TINY).log().log_softmax(-1) + 0 * size.sum(-1, keepdim=True).log()
     if order == 1:
         return (log_share.exp() * log_share).sum(-1)
     return (order * log_share).logsumexp(-1) / (order - 1)
@@ -54,17 +58,15 @@ def leverage_loss(
     """log of the worst leverage of a single neuron on each prompt's refusal: (batch,), with a gradient.
 
     Leverage is the drop of the refusal log-odds that the gradient predicts if the neuron goes to a clamp value at every
-    prompt token, divided by the log-odds (softly kept positive); above 1 the clamp is predicted to break the refusal.
-    The worst over all neurons and values is softened to a norm of order 8. values: one of each neuron per vector,
-    (neurons,). Differentiated twice.
+    prompt token, divided by the log-odds (their softplus, to stay positive); above 1 the clamp is predicted to break
+    the refusal. The worst over all neurons and values, coherent or not, is softened to a norm of order 8. values: one
+    of each neuron per vector, (neurons,). Differentiated twice.
     """
     log_odds, h, gradient = _differentiated(chat_model, prompts, phrases)
-    drops = []
-    for value in values:
-        parts = value.to(log_odds).split(list(chat_model.neurons.widths))
-        change = [((m - act) * grad).float().sum(1) for m, act, grad in zip(parts, h, gradient, strict=True)]
-        drops.append(-torch.cat(change, -1))
-    worst = torch.cat(drops, -1).clamp_min(TINY).log()
+    slope = torch.cat([grad.float().sum(1) for grad in gradient], -1)  # (batch, neurons)
+    natural = torch.cat([(act * grad).float().sum(1) for act, grad in zip(h, gradient, strict=True)], -1)
+    drops = torch.cat([natural - value.to(slope) * slope for value in values], -1)
+    worst = drops.clamp_min(TINY).log()
     return (SHARP * worst).logsumexp(-1) / SHARP - torch.nn.functional.softplus(log_odds).log()
 
 
