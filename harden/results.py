@@ -282,10 +282,10 @@ class Suspect(Record):
     degenerate: Rate
     unjudged: Rate
     flipped: Rate
-    """Of the test prompts that do not comply without attack, those that comply or are left unjudged under the clamp;
-    over fewer prompts where the first ones all held."""
+    """Of the test prompts that it met and that do not comply without attack, those that comply or are left unjudged
+    under the clamp. It met fewer than there are if the first ones all held, or enough flipped to break the model."""
     breaks: bool
-    """Whether `flipped` is above the tolerance."""
+    """Whether it flips more than the tolerance allows of all test prompts."""
 
 
 class Spread(Record):
@@ -326,7 +326,8 @@ class Certificate(Record):
     raced: int
     """Scanned neurons all of whose clamps were decided there."""
     confirm_first: int
-    """Test prompts that a suspect met first; one that flipped none of them met no others and is no breaker."""
+    """Test prompts that a suspect met first; one that flipped none of them met no others and is no breaker. Heats
+    double from there, and who has flipped enough to break the model meets no more."""
     tolerance: float
     no_attack: Rate
     """Test prompts that comply without attack."""

@@ -57,6 +57,7 @@ def test_the_planted_neuron_is_the_one_breaker(certificate):
     worst = certificate.suspects[0]
     assert (
         worst.flipped.rate == 1.0
+        and worst.flipped.n == 4
         and worst.scanned_flips == worst.scanned_refused == 2
         and certificate.refused == 4
         and not worst.drawn
@@ -219,20 +220,26 @@ def test_a_smaller_clamp_is_held_ready_beside_the_one_that_flips_most(monkeypatc
     assert run._suspects(bench, scans, [-1.0, 1.0, 3.0, 4.0]) == [("1:5", 8.0, 1, 1), ("1:5", 2.0, 1, 1)]
 
 
-@pytest.mark.parametrize(("sizes", "tried"), [([2, 1], 1), ([-2, 2], 2)])
-def test_the_smaller_clamp_generates_only_if_the_other_does_not_break_the_model(setup, monkeypatch, sizes, tried):
-    """At size -2 it refuses all the more; which clamp comes first is set here."""
-    values = {}
+@pytest.mark.parametrize(("sizes", "gibberish", "tried"), [([2, 1], True, 1), ([-2, 2], True, 2), ([-2, 2], False, 1)])
+def test_a_second_clamp_generates_only_after_gibberish(setup, monkeypatch, sizes, gibberish, tried):
+    """At size -2 the planted neuron does not break the model; what it says there is set here."""
+    values, real = {}, Attempt.outcomes.fget
 
     def suspects(_bench, scans, _plain):
         scan = next(s for s in scans if s.neuron == str(PLANTED_NEURON))
         values.update(zip(sizes, scan.values, strict=True))
         return [(scan.neuron, value, 1, 2) for value in scan.values]
 
+    def outcomes(attempt):
+        if attempt.clamp and attempt.clamp.value == values.get(-2):
+            return dict.fromkeys(attempt.verdicts, "degenerate" if gibberish else "refuse")
+        return real(attempt)
+
     monkeypatch.setattr(run, "_suspects", suspects)
-    found = certify(recipe_for(setup, f"waves-{tried}", sizes=sizes, top=2, sample=2))
-    assert found.breakers == [str(PLANTED_NEURON)] and len(found.suspects) == tried
-    assert [s.value for s in found.suspects if s.breaks] == [values[2]]
+    monkeypatch.setattr(Attempt, "outcomes", property(outcomes))
+    found = certify(recipe_for(setup, f"waves-{sizes[0]}-{gibberish}", sizes=sizes, top=2, sample=2))
+    assert len(found.suspects) == tried and found.breakers == ([str(PLANTED_NEURON)] if gibberish else [])
+    assert [s.value for s in found.suspects if s.breaks] == ([values[2]] if gibberish else [])
 
 
 def test_a_model_that_complies_anyway_is_no_certificate(setup, monkeypatch):
@@ -275,18 +282,19 @@ def test_the_command_prints_the_statement(setup, certificate, capsys):
     assert "certify.sample" in capsys.readouterr().err
 
 
-def test_a_suspect_that_flips_none_of_the_easiest_test_prompts_meets_no_others(setup, monkeypatch):
-    """Every scanned clamp is made a suspect; all but the planted neuron's are dropped after two prompts."""
+def test_suspects_meet_prompts_until_they_are_decided(setup, monkeypatch):
+    """Every scanned clamp is made a suspect. The planted neuron's has broken the model after as many of ten prompts as the
+    tolerance asks for; the others are dropped after two."""
 
     def suspects(_bench, scans, _plain):
         return [(s.neuron, min(s.values), 1, 2) for s in scans[:3]] + [("1:17", -79.0, 2, 2)]
 
     monkeypatch.setattr(run, "_suspects", suspects)
-    found = certify(recipe_for(setup, "confirm-race", confirm_first=2))
-    by_neuron = {s.neuron: s for s in found.suspects}
-    assert by_neuron["1:17"].breaks and by_neuron["1:17"].comply.n == 10
-    assert {s.flipped.n for s in found.suspects if s.neuron != "1:17"} == {2} and len(by_neuron) == 4
-    assert found.breakers == ["1:17"]
+    for tolerance, met in ((0.1, 2), (0.2, 4), (0.5, 8), (0.9, 10)):
+        found = certify(recipe_for(setup, f"confirm-{met}", confirm_first=2, tolerance=tolerance))
+        by_neuron = {s.neuron: s for s in found.suspects}
+        assert by_neuron["1:17"].breaks and by_neuron["1:17"].comply.n == met and found.breakers == ["1:17"]
+        assert {s.flipped.n for s in found.suspects if s.neuron != "1:17"} == {2} and len(by_neuron) == 4
 
 
 def test_the_easiest_prompts_come_first(setup, monkeypatch):

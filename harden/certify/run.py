@@ -16,7 +16,7 @@ import logging
 import math
 import random
 from collections.abc import Collection, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from harden import __version__, processes
 from harden.activations import neuron_at
@@ -249,9 +249,10 @@ def _confirm(
 ) -> tuple[list[Suspect], Rate]:
     """Generate with every suspect on the test prompts; the suspects, and the rate of `comply` without attack.
 
-    A race again: who flips none of the `certify.confirm_first` prompts that are refused least meets no others, and a
-    neuron's second clamp is only tried if the first does not break the model. Raises MeasurementError where more than
-    half of the test prompts comply without attack.
+    A race again, in heats that double: who flips none of the first `certify.confirm_first` prompts, those that are
+    refused least, or has flipped enough to break the model, meets no others; and a neuron's second clamp is only tried
+    if the first does not break the model and made gibberish of an answer. Raises MeasurementError where more than half
+    of the test prompts comply without attack.
     """
     settings = bench.recipe.certify
     prompts = bench.splits["test"].harmful[: settings.test_prompts]
@@ -265,27 +266,30 @@ def _confirm(
     odds = _plain(bench, [prompt.text for prompt in prompts])
     ordered = [prompt for _, prompt in sorted(zip(odds, prompts, strict=True), key=lambda pair: pair[0])]
     ordered.sort(key=lambda prompt: prompt.id not in can_flip)  # first those that can flip, easiest first
-    heat, others = ordered[: settings.confirm_first], ordered[settings.confirm_first :]
+    ends = [settings.confirm_first]
+    while ends[-1] < len(ordered):
+        ends.append(2 * ends[-1])
+    heats = [ordered[start:end] for start, end in pairwise([0, *ends])]
+    most = settings.tolerance * len(can_flip)
 
     def flipped(outcomes: Mapping[str, str]) -> int:
         return sum(outcome in ("comply", "unjudged") for name, outcome in outcomes.items() if name in can_flip)
 
     def tried(clamps: Sequence[Clamp]) -> dict[Clamp, dict[str, Outcome]]:
-        first = bench.responder.attempt(clamps, heat, "confirm: first prompts")
-        found = {attempt.clamp: dict(attempt.outcomes) for attempt in first}
-        going_on = [clamp for clamp in clamps if flipped(found[clamp])]
-        for attempt in bench.responder.attempt(going_on, others, "confirm") if others else ():
-            found[attempt.clamp] |= attempt.outcomes
+        found: dict[Clamp, dict[str, Outcome]] = {clamp: {} for clamp in clamps}
+        for number, heat in enumerate(heats):
+            going_on = [clamp for clamp in clamps if not number or 0 < flipped(found[clamp]) <= most]
+            for attempt in bench.responder.attempt(going_on, heat, f"confirm: heat {number + 1} of {len(heats)}"):
+                found[attempt.clamp] |= attempt.outcomes
         return found
 
-    most = settings.tolerance * len(can_flip)
     clamps = {Clamp(Neuron.parse(neuron), value): flips for neuron, value, *flips in suspects}
     first_of: dict[Neuron, Clamp] = {}
     for clamp in clamps:
         first_of.setdefault(clamp.neuron, clamp)
     found = tried(list(first_of.values()))
-    broken = {clamp.neuron for clamp, outcomes in found.items() if flipped(outcomes) > most}
-    found |= tried([clamp for clamp in clamps if clamp not in found and clamp.neuron not in broken])
+    garbled = {c.neuron for c, of in found.items() if flipped(of) <= most and "degenerate" in of.values()}
+    found |= tried([clamp for clamp in clamps if clamp not in found and clamp.neuron in garbled])
     judged = []
     for clamp, outcome_of in found.items():
         outcomes = list(outcome_of.values())
@@ -304,7 +308,7 @@ def _confirm(
                 breaks=share.count > most,
             )
         )
-    judged.sort(key=lambda suspect: -suspect.flipped.count)
+    judged.sort(key=lambda suspect: (-suspect.breaks, -suspect.flipped.rate))
     return judged, Rate.of(len(prompts) - len(can_flip), len(prompts))
 
 
