@@ -283,8 +283,8 @@ def test_the_command_prints_the_statement(setup, certificate, capsys):
 
 
 def test_suspects_meet_prompts_until_they_are_decided(setup, monkeypatch):
-    """Every scanned clamp is made a suspect. The planted neuron's has broken the model after as many of ten prompts as the
-    tolerance asks for; the others are dropped after two."""
+    """Every scanned clamp is made a suspect. The planted neuron's has broken the model after as many of ten prompts as
+    the tolerance asks for; the others are dropped after two."""
 
     def suspects(_bench, scans, _plain):
         return [(s.neuron, min(s.values), 1, 2) for s in scans[:3]] + [("1:17", -79.0, 2, 2)]
