@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from filelock import FileLock, Timeout
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from harden import processes
 from harden.errors import HardenError
@@ -84,12 +84,15 @@ class RunFolder:
             raise HardenError(f"cannot write the run folder {self.path}: {error}") from None
 
     def stage(self, name: str, kind: type[Value], make: Callable[[], Value]) -> Value:
-        """The saved result of stage `name`, or `make()`, saved. All processes get the same value."""
+        """The saved result of stage `name`, or `make()`, saved. All processes get the same value.
+
+        Raises HardenError where what is saved is no such result.
+        """
         path = self.state / f"{name}.json"
         adapter = TypeAdapter(kind)
         saved = self._saved_text(name)
         if saved is not None:
-            return adapter.validate_json(saved)
+            return self._read(name, adapter, saved)
         began = time.monotonic()
         self._inside.append(0.0)
         try:
@@ -109,7 +112,16 @@ class RunFolder:
     def saved(self, name: str, kind: type[Value]) -> Value | None:
         """The saved result of stage `name`; None where it has not been made."""
         text = self._saved_text(name)
-        return None if text is None else TypeAdapter(kind).validate_json(text)
+        return None if text is None else self._read(name, TypeAdapter(kind), text)
+
+    def _read(self, name: str, adapter: TypeAdapter[Value], text: str) -> Value:
+        try:
+            return adapter.validate_json(text)
+        except ValidationError as error:
+            raise HardenError(
+                f"{self.state / name}.json is damaged or of another version of harden "
+                f"({' '.join(str(error).split())[:200]}); delete it to make it again, or give another --output"
+            ) from None
 
     def _saved_text(self, name: str) -> str | None:
         path = self.state / f"{name}.json"

@@ -38,6 +38,17 @@ def test_a_stage_that_fails_leaves_nothing(tmp_path):
     assert folder.stage("a", int, lambda: 3) == 3
 
 
+@pytest.mark.parametrize("text", ["[1, 2", '{"a": 1}', ""])
+def test_a_stage_of_another_version_is_named_and_kept(tmp_path, text):
+    folder = opened(tmp_path / "run")
+    path = folder.state / "a.json"
+    path.write_text(text)
+    for read in (lambda: folder.stage("a", list[int], lambda: [3]), lambda: folder.saved("a", list[int])):
+        with pytest.raises(HardenError, match=r"a\.json is damaged or of another version"):
+            read()
+    assert path.read_text() == text
+
+
 def test_looking_at_a_folder_makes_nothing(tmp_path):
     RunFolder(recipe(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
