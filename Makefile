@@ -1,6 +1,6 @@
 # make harden   set up .venv, then harden the bundled model (sized for half an hour on 2 cores)
 # make test     set up .venv, then run the fast tests
-# System packages: Python 3.10 or newer with venv (Debian: apt-get install python3 python3-venv), make, git.
+# System packages: Python 3.11 or newer with venv (Debian: apt-get install python3 python3-venv), make, git.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -27,7 +27,7 @@ check: setup
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' -c constraints.txt

@@ -48,7 +48,7 @@ class Adversary:
     """(layers, d_model), unit vectors."""
 
     def draw(self, rng: random.Random, pairs: float = 0.0) -> tuple[Clamp, ...]:
-        """A clamp; with chance `pairs`, two of different neurons. None where there are no clamps."""
+        """A clamp; with chance `pairs`, two of different neurons. Empty where there are no clamps."""
         if not self.clamps:
             return ()
         first = rng.choices(self.clamps, self.weights)[0]

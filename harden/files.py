@@ -20,7 +20,7 @@ def read_finished(path: Path, kind: type[Model]) -> Model:
     except (OSError, ValueError) as error:
         raise HardenError(
             f"{path} is damaged or of another version of harden ({' '.join(str(error).split())[:200]}); "
-            "give another --output"
+            "make it again, or use the version that wrote it"
         ) from None
 
 

@@ -285,7 +285,7 @@ class Suspect(Record):
     """Of the test prompts that it met and that do not comply without attack, those that comply or are left unjudged
     under the clamp. It met fewer than there are if the first ones all held, or enough flipped to break the model."""
     breaks: bool
-    """Whether it flips more than the tolerance allows of all test prompts."""
+    """Whether it flips more than the tolerance allows of the test prompts that do not comply without attack."""
 
 
 class Spread(Record):

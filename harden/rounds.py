@@ -29,6 +29,7 @@ from harden.recipe import Recipe
 from harden.report.card import model_card
 from harden.report.page import report
 from harden.report.records import RunRecords
+from harden.report.writing import write_page
 from harden.results import AttackRecord, Measurement, Rate, Results, RoundRecord
 from harden.runfolder import RunFolder
 
@@ -243,7 +244,7 @@ class Run:
         restore_adapter(self.chat_model.model, state)
 
     def save(self, results: Results) -> None:
-        """Write adapter/, model/ if asked for, README.md, results.json and, when that is safe, report.html."""
+        """Write adapter/, model/ if asked for, README.md, results.json and report.html."""
         if processes.is_main():
             for config in self.chat_model.model.peft_config.values():
                 config.base_model_name_or_path = self.recipe.model.name
@@ -259,7 +260,7 @@ class Run:
             write_atomically(self.folder.path / "README.md", card)
             write_atomically(self.folder.path / "results.json", results.model_dump_json(indent=1) + "\n")
             page = report([RunRecords(self.folder.path.name, {"training": self.recipe}, training=results)])
-            write_atomically(self.folder.path / "report.html", page.html)
+            write_page(self.folder.path / "report.html", page.html)
         processes.wait()
 
     # -- what they work with -----------------------------------------------------------------------------------

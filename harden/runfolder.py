@@ -62,7 +62,11 @@ class RunFolder:
     def _check_new(self, path: Path) -> None:
         if not path.exists() or (path / "recipe.yaml").exists():
             return
-        if not path.is_dir() or {p.name for p in path.iterdir()} - {*BARELY_BEGUN, "report.html", *get_args(Part)}:
+        inside = {p.name for p in path.iterdir()} if path.is_dir() else {path.name}
+        allowed = {*BARELY_BEGUN, *get_args(Part)}
+        if inside & set(get_args(Part)):
+            allowed.add("report.html")  # of these runs
+        if inside - allowed:
             raise HardenError(f"{path} exists and is no run folder; give another --output")
 
     def create(self) -> None:

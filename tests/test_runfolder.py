@@ -143,6 +143,15 @@ def test_an_attack_run_does_not_settle_in_a_folder_of_something_else(tmp_path):
     assert not (tmp_path / "thesis/attack").exists()
 
 
+def test_a_report_of_runs_that_are_there_is_no_something_else(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/report.html").write_text("mine")
+    with pytest.raises(HardenError, match="is no run folder"):
+        RunFolder(recipe(tmp_path / "run"), part="certificate")
+    (tmp_path / "run/attack").mkdir()
+    RunFolder(recipe(tmp_path / "run"), part="certificate")
+
+
 def test_stages_inside_a_stage_count_once(tmp_path, monkeypatch):
     folder = opened(tmp_path / "run")
     clock = iter([0.0, 10.0, 14.0, 20.0])  # outer begins, inner begins, inner ends, outer ends

@@ -94,7 +94,7 @@ def certify(recipe: Recipe) -> Certificate:
         refused=sum(odds > 0 for odds in plain),
         race_prompts=min(settings.race_prompts, len(prompts)),
         cleared=settings.cleared,
-        confirm_first=settings.confirm_first,
+        confirm_first=min(settings.confirm_first, no_attack.n),
         raced=sum(max(scan.prompts) < len(prompts) for scan in scans),
         tolerance=settings.tolerance,
         no_attack=no_attack,

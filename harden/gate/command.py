@@ -1,4 +1,6 @@
-"""Decide whether a checkpoint may ship: `harden gate --model M [--adapter A] --policy P.yaml --output DIR`.
+"""Decide whether a checkpoint may ship.
+
+`harden gate --model M (--adapter A | --reference R) --policy P.yaml --output DIR`
 
 Runs the attacks that the policy limits and leaves the evidence in DIR. Exit codes: 0 passed; 1 a threshold failed;
 2 usage or configuration; 3 the measurement failed, or there is too little evidence to decide; 130 interrupted. The same
@@ -98,8 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--reference",
         type=_given,
-        help="model that benign KL is measured from, and that is asked how likely completions are; else the one below "
-        "the adapter",
+        help="model that benign KL is measured from, and that is asked how likely completions are; default: the one "
+        "below the adapter; required without --adapter",
     )
     parser.add_argument("--reference-adapter", type=_given, help="adapter of the reference, for the KL alone")
     parser.add_argument(

@@ -3,7 +3,7 @@
 Format and library: https://github.com/sigstore/model-transparency.
 `model.sig` is about the files that ship: the adapter's, or the model's where there is none. `attestation.sig` is about
 `attestation.json`, whose subject has the same digests. Both are plain signatures of that format: its own tools verify
-them, too. Keys are elliptic (PEM).
+them, too (attestation.sig with `--ignore_unsigned_files`). Keys are elliptic (PEM).
 """
 
 from __future__ import annotations

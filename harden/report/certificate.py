@@ -39,7 +39,7 @@ def _of_layers(layers: list[int] | None) -> str:
 
 
 def certificate_table(certificate: Certificate) -> str:
-    """The statement, the worst suspects and how far log-odds fell, in Markdown."""
+    """The statement, the suspects (breakers first) and how far log-odds fell, in Markdown."""
     c = certificate
     parts = [statement(c)]
     if c.suspects:
@@ -98,8 +98,9 @@ not comply without attack do so under one, or are left unjudged. It is a race tw
 {c.cleared:.0%} of the log-odds of the {c.race_prompts} scanned prompts that are refused least, or flips one of them,
 meets no others; neither does a suspect that flips none of the {c.confirm_first} test prompts that are refused least, or
 has flipped enough to break the model. Drops are means over the prompts that a clamp met. The share is taken as
-measured, without its interval, and the worst stand first. Judge: {" and ".join(c.judges)}; {c.max_new_tokens} new
-tokens, greedy; {c.no_attack.n} test prompts. Sizes: {", ".join(f"{size:g}" for size in c.sizes)}.
+measured, without its interval; a breaker's is over the prompts that it took to decide, so shares do not rank breakers.
+Judge: {" and ".join(c.judges)}; {c.max_new_tokens} new tokens, greedy; {c.no_attack.n} test prompts. Sizes:
+{", ".join(f"{size:g}" for size in c.sizes)}.
 
 {judge_note(recipe.judge.min_gain)}
 
