@@ -29,8 +29,8 @@ def shard_frozen_weights(chat_model: ChatModel, differentiated: str | None) -> N
         return
     if differentiated:
         raise HardenError(
-            f"train.{differentiated} cannot run under FSDP, which frees weights before it can differentiate inside: set "
-            "its weight to 0"
+            f"train.{differentiated} cannot run under FSDP, which frees weights before it can differentiate inside: "
+            "set its weight to 0"
         )
     model = chat_model.model
     base = model.get_base_model() if isinstance(model, PeftModel) else model
