@@ -103,7 +103,7 @@ def test_the_run_ends_with_the_table(finished):
     assert "| worst single neuron" in done.stdout and "1:17 clamped to" in done.stdout
     assert "runs/planted/results.json" in done.stdout
     assert {p.name for p in folder.iterdir()} == {
-        "adapter", "log.jsonl", "model", "README.md", "recipe.yaml", "results.json", "state"
+        "adapter", "log.jsonl", "model", "README.md", "recipe.yaml", "report.html", "results.json", "state"
     }  # fmt: skip
 
 
