@@ -42,12 +42,13 @@ def main() -> int:
     names = []
     for path in options.recipes:
         figures: dict[str, list[float]] = {}
+        name = load_recipe(path).name
         for seed in options.seeds:
-            folder = options.output / path.stem / f"seed-{seed}"
+            folder = options.output / name / f"seed-{seed}"
             recipe = load_recipe(path, merge(changes, {"seed": seed, "output": str(folder)}))
-            for name, figure in run(recipe, options.attack, changes).items():
-                figures.setdefault(name, []).append(figure)
-        names.append(path.stem)
+            for kind, figure in run(recipe, options.attack, changes).items():
+                figures.setdefault(kind, []).append(figure)
+        names.append(name)
         rows.append(figures)
         print(f"\n{table(names, rows)}", flush=True)
     return 0
