@@ -27,14 +27,19 @@ def guarded(run: Callable[[], int]) -> int:
         return INTERRUPTED
 
 
-def recipe_parser(program: str, description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def command_parser(program: str, description: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
+    """A parser that shows the description as it stands and takes no abbreviated options."""
+    return argparse.ArgumentParser(
         prog=program,
         description=description,
+        epilog=epilog,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Every key of the recipe is an option too; `--help-keys` lists them.",
     )
+
+
+def recipe_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    parser = command_parser(program, description, "Every key of the recipe is an option too; `--help-keys` lists them.")
     parser.add_argument("--config", metavar="RECIPE.yaml", help="the recipe to run")
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
     parser.add_argument("--help-keys", action="store_true", help="list every key of a recipe and stop")

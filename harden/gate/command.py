@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from harden.entry import guarded, start_logging
+from harden.entry import command_parser, guarded, start_logging
 from harden.errors import HardenError, MeasurementError
 from harden.policy import ReleasePolicy, load_policy
 from harden.recipe import ModelSection, Recipe
@@ -84,12 +84,7 @@ def _given(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="harden gate",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("harden gate", __doc__)
     parser.add_argument("--model", type=_given, required=True, help="a bundled model, a local folder or a hub id")
     parser.add_argument("--adapter", type=_given, help="PEFT adapter of the model: a local folder or a hub id")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))

@@ -7,23 +7,17 @@ and model do not belong together, or the verdict is no pass; 2 usage. Needs the 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from harden.entry import guarded
+from harden.entry import command_parser, guarded
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, check, sign; returns the exit code."""
 
     def command() -> int:
-        parser = argparse.ArgumentParser(
-            prog="harden sign",
-            description=__doc__,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        parser = command_parser("harden sign", __doc__)
         parser.add_argument("folder", metavar="DIR", type=Path, help="output folder of harden gate")
         parser.add_argument("--model", required=True, help="a bundled model, a local folder or a hub id")
         parser.add_argument("--adapter", help="PEFT adapter of the model")

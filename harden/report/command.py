@@ -6,11 +6,10 @@ needs no network and no model; of prompts it shows ids and categories.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from harden.entry import guarded
+from harden.entry import command_parser, guarded
 from harden.errors import HardenError
 
 PAGE = "report.html"
@@ -20,12 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, read, draw, write; returns the exit code."""
 
     def command() -> int:
-        parser = argparse.ArgumentParser(
-            prog="harden report",
-            description=__doc__,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        parser = command_parser("harden report", __doc__)
         parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="run folders")
         parser.add_argument("--output", type=Path, metavar="FILE", help=f"where to write; one DIR: DIR/{PAGE}")
         parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write each figure as SVG and PNG, too")
