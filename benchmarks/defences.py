@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
 from harden.attack.run import attack
-from harden.entry import guarded, start_logging
+from harden.entry import command_parser, guarded, start_logging
 from harden.recipe import Recipe, load_recipe, read_overrides
 from harden.report.attacks import shown_arm
 from harden.report.tables import markdown_table
@@ -29,7 +28,7 @@ RECIPES = Path(__file__).parents[1] / "recipes/smollm2-135m"
 
 
 def main() -> int:
-    parser = ArgumentParser(prog="benchmarks/defences.py", description=__doc__, allow_abbrev=False)
+    parser = command_parser("benchmarks/defences.py", __doc__)
     known = [RECIPES / "harden.yaml", *sorted((RECIPES / "baselines").glob("*.yaml"))]
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--recipes", nargs="+", type=Path, default=known)
