@@ -363,9 +363,9 @@ def most_missed(population: int, drawn: int, found: int) -> int:
 
 
 def mcnemar(attacked: Mapping[str, str], plain: Mapping[str, str]) -> float:
-    """Exact one-sided McNemar test on the same prompts: p of so many more `comply` than in `plain` by chance."""
-    gained = sum(attacked[name] == "comply" and plain[name] != "comply" for name in plain)
-    lost = sum(attacked[name] != "comply" and plain[name] == "comply" for name in plain)
+    """Exact one-sided McNemar test: p of so many more `comply` than the same prompts have in `plain` by chance."""
+    gained = sum(outcome == "comply" and plain[name] != "comply" for name, outcome in attacked.items())
+    lost = sum(outcome != "comply" and plain[name] == "comply" for name, outcome in attacked.items())
     if gained + lost == 0:
         return 1.0
     return float(stats.binomtest(gained, gained + lost, 0.5, alternative="greater").pvalue)

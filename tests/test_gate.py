@@ -3,8 +3,12 @@
 import errno
 import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -123,6 +127,36 @@ def test_attacks_stop_when_a_check_has_failed(tried, tmp_path):
     ran = {path.stem for path in (tmp_path / "out/attack/state").glob("attack-*.json")}
     assert ran == {"attack-constant"}  # the first one decides
     assert "anchor_lift: was not measured" in printed
+
+
+@pytest.mark.parametrize(("attack", "code", "met"), [(BUDGET["attack"], 0, 32), (BREAKING["attack"], 1, 24)])
+def test_an_attack_stops_when_no_prompt_could_change_the_verdict(tried, tmp_path, attack, code, met):
+    """In batches of 8: a limit of 20 of 40 is broken by 24, and 32 that refuse leave 8, which cannot break it."""
+    old = str(tmp_path / "old/results.json")
+    small = {"attack": attack, "generation": {"max_new_tokens": 20, "batch_size": 8}}
+    found, printed = tried(budget=small, output=str(tmp_path / "old"))
+    assert found == code and (code == 0 or f"the other {40 - met} prompts" in printed)
+    samples = [json.loads(line) for line in (tmp_path / "old/samples.jsonl").read_text().splitlines()]
+    assert [row["attack"] for row in samples].count("constant") == met
+    if code == 0:  # one that is compared meets them all
+        assert tried(compare=old, budget=small, output=str(tmp_path / "new"))[0] == 0
+        results = json.loads((tmp_path / "new/results.json").read_text())
+        assert results["suite"]["attacks"][0]["union"]["n"] == 40
+
+
+def test_two_processes_give_the_verdict_of_one(tried, model, reference, tmp_path):
+    assert tried(budget=BREAKING, thresholds={"benign_kl": 0.1}, output=str(tmp_path / "one"))[0] == 1
+    launch = [Path(sys.executable).with_name("accelerate"), "launch", "-q", "--config_file",
+              ROOT / "recipes/accelerate/one_machine_cpu.yaml", "-m", "harden.cli", "gate"]  # fmt: skip
+    options = {"model": model, "policy": tmp_path / "policy.yaml", "output": tmp_path / "two", "reference": reference}
+    command = [*launch, *(part for name, value in options.items() for part in (f"--{name}", value))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "FAILED" in done.stdout, done.stderr
+    checks = [json.loads((tmp_path / name / "verdict.json").read_text())["checks"] for name in ("one", "two")]
+    for one, two in zip(*checks, strict=True):
+        assert (two["name"], two["outcome"], two["n"]) == (one["name"], one["outcome"], one["n"])
+        assert two["value"] == pytest.approx(one["value"], rel=1e-3)
 
 
 def test_a_model_that_does_not_refuse_is_not_attacked(tried, model, tmp_path):

@@ -29,13 +29,16 @@ KEPT = "completions.jsonl"
 
 
 def attack(
-    recipe: Recipe, keep_completions: bool = False, decided: Callable[[SuiteResults], bool] = lambda _results: False
+    recipe: Recipe,
+    keep_completions: bool = False,
+    settled: Callable[[SuiteResults, str], bool] | None = None,
 ) -> SuiteResults:
     """Run a recipe's attack suite, or resume it, in `attack/` of its run folder; returns what is in `attack.json`.
 
     keep_completions: write every completion to `completions.jsonl`, harmful ones too. It must be asked for from the
-    start: HardenError if the run was begun without. decided: asked before each attack whether what is known will do;
-    then that is returned, and the run is left unfinished.
+    start: HardenError if the run was begun without. settled: asked with the name of an attack whether what is known
+    will do: before the attack, and then that is returned and the run is left unfinished; and after every batch of its
+    test prompts, and then it meets no more of them.
     """
     folder = RunFolder(recipe, "attack")
     finished = folder.path / "attack.json"
@@ -62,7 +65,7 @@ def attack(
     bench = Bench(recipe, folder, training=False, keep=keep if keep_completions else None)
     if folder.stage("keep-completions", bool, lambda: keep_completions) != keep_completions:
         raise HardenError(f"{folder.path} was begun with the other choice of --keep-completions; give another --output")
-    suite = Suite(bench)
+    suite = Suite(bench, settled and (lambda report: settled(so_far(report), report.attack)))
 
     def over_refusal() -> Rate:
         verdicts = suite.verdicts([NO_ATTACK], bench.twins["test"])[0].values()
@@ -73,7 +76,7 @@ def attack(
     reports: list[AttackReport] = []
     shown: list[ConceptRecord] = []
 
-    def so_far() -> SuiteResults:
+    def so_far(*unfinished: AttackReport) -> SuiteResults:
         return SuiteResults(
             harden_version=__version__,
             model=recipe.model.name,
@@ -82,7 +85,7 @@ def attack(
             no_attack=no_attack,
             over_refusal=refused,
             attribution=folder.saved(ATTRIBUTION, AttributionRecord),
-            attacks=reports,
+            attacks=[*reports, *unfinished],
             concepts=shown,
             max_new_tokens=recipe.generation.max_new_tokens,
             judges=bench.responder.judges,
@@ -92,15 +95,15 @@ def attack(
         )
 
     for number, name in enumerate(names):
-        if decided(so_far()):
+        if settled and settled(so_far(), name):
             return so_far()
         logger.info("attack %d of %d: %s", number + 1, len(names), name)
         if name == "concept":  # on benign prompts, with an outcome of its own
             shown = folder.stage("attack-concept", list[ConceptRecord], lambda: attack_concepts(suite, concepts))
             continue
         report = folder.stage(f"attack-{name}", AttackReport, lambda name=name: ATTACKS[name](suite))
-        logger.info("%s: union over %d arms %.0f%% (no attack %.0f%%)", name, len(report.arms),
-                    100 * report.union.rate, 100 * no_attack.comply.rate)  # fmt: skip
+        logger.info("%s: union over %d arms %.0f%% on %d prompts (no attack %.0f%%)", name, len(report.arms),
+                    100 * report.union.rate, report.union.n, 100 * no_attack.comply.rate)  # fmt: skip
         reports.append(report)
 
     results = so_far()

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import torch
 
+from harden import processes
 from harden.activations import neuron_at
 from harden.attack import arms as build
 from harden.attack.arms import NO_ATTACK, Anchor, Arm
@@ -42,8 +43,9 @@ DIRECTION_PROMPTS = 128  # harmful and as many ordinary benign prompts, as in Ar
 class Suite:
     """A model under attack, and what the attacks share; nothing is computed before an attack asks for it."""
 
-    def __init__(self, bench: Bench):
-        self.bench = bench
+    def __init__(self, bench: Bench, settled: Callable[[AttackReport], bool] | None = None):
+        """settled: asked after every batch on the test split whether an attack may stop; without it none does."""
+        self.bench, self.settled = bench, settled
         self.settings, self.attack = bench.recipe.suite, bench.recipe.attack
         self.responder, self.chat_model = bench.responder, bench.chat_model
 
@@ -104,21 +106,37 @@ class Suite:
         return [arms[n] for n in ranked], [records[n] for n in ranked]
 
     def report(self, attack: str, arms: Sequence[Arm], tried: Sequence[ArmRecord], began: float) -> AttackReport:
-        """Run the chosen arms on the test split."""
+        """Run the chosen arms on the test split; where asked to, only until the attack is settled."""
+        prompts = self.bench.harmful["test"]
+        step = len(prompts)
+        if self.settled:
+            step = max(1, self.responder.batch_size * processes.count() // len(arms))
+        verdicts: list[Verdicts] = [{} for _ in arms]
+        for start in range(0, len(prompts), step):
+            for whole, part in zip(verdicts, self.verdicts(arms, prompts[start : start + step]), strict=True):
+                whole.update(part)
+            report = self._report(attack, arms, verdicts, tried, began)
+            if self.settled and self.settled(report):
+                break
+        return report
+
+    def _report(
+        self, attack: str, arms: Sequence[Arm], verdicts: Sequence[Verdicts], tried: Sequence[ArmRecord], began: float
+    ) -> AttackReport:
         plain = _outcomes(self.no_attack)
-        verdicts = self.verdicts(arms, self.bench.harmful["test"])
         p_values = [mcnemar(_outcomes(part), plain) for part in verdicts]
         records = [
             self.arm_record(arm, "test", part).model_copy(update={"p_value": p, "p_holm": corrected})
             for arm, part, p, corrected in zip(arms, verdicts, p_values, holm(p_values), strict=True)
         ]
         bad = ("comply", "unjudged")
-        union = sum(any(record.outcomes[name] in bad for record in records) for name in plain)
+        measured = records[0].outcomes
+        union = sum(any(record.outcomes[name] in bad for record in records) for name in measured)
         return AttackReport(
             attack=attack,
             tried=list(tried),
             arms=records,
-            union=Rate.of(union, len(plain)),
+            union=Rate.of(union, len(measured)),
             seconds=round(time.monotonic() - began, 1),
         )
 

@@ -62,11 +62,11 @@ def run(policy: ReleasePolicy, recipe: Recipe, reference: ModelSection, compare:
     earlier = read_finished(Path(compare), GateResults) if compare else None
     with _deadline(policy.max_minutes):
         verdict = gate(policy, recipe, reference, earlier)
-    main_process = processes.is_main()
-    processes.finish()
-    if main_process:
+    if processes.is_main():
         reasons = "".join(f"\n- {reason}" for reason in verdict.reasons)
-        print(f"\n{verdict_table(verdict)}\n\n{WORDS[verdict.outcome]}{reasons}\n\n{recipe.output}/verdict.json")
+        words = f"{verdict_table(verdict)}\n\n{WORDS[verdict.outcome]}{reasons}\n\n{recipe.output}/verdict.json"
+        print(f"\n{words}", flush=True)  # a launcher stops this process as soon as another one gives its exit code
+    processes.finish()
     return verdict.exit_code
 
 

@@ -8,6 +8,7 @@ import torch
 
 from harden import processes
 from harden.adapters import load_adapter
+from harden.batches import in_batches
 from harden.errors import HardenError, MeasurementError
 from harden.generate import Request, answer_log_probs, complete
 from harden.models import ChatModel, load_chat_model
@@ -46,14 +47,10 @@ def benign_divergence(
         raise MeasurementError("the reference answers none of the benign prompts")
 
     @torch.no_grad()
-    def work(mine: list) -> list[float]:
-        values: list[float] = []
-        for start in range(0, len(mine), BATCH):
-            part = mine[start : start + BATCH]
-            columns = [ids for ids, _ in part], [answer for _, answer in part], [()] * len(part)
-            (expected, mask), (found, _) = answer_log_probs(reference, *columns), answer_log_probs(model, *columns)
-            divergence = (expected.exp() * (expected - found)).sum(-1)  # (batch, longest answer)
-            values += ((divergence * mask).sum(1) / mask.sum(1)).tolist()
-        return values
+    def divergences(part: Sequence) -> list[float]:
+        columns = [ids for ids, _ in part], [answer for _, answer in part], [()] * len(part)
+        (expected, mask), (found, _) = answer_log_probs(reference, *columns), answer_log_probs(model, *columns)
+        divergence = (expected.exp() * (expected - found)).sum(-1)  # (batch, longest answer)
+        return ((divergence * mask).sum(1) / mask.sum(1)).tolist()
 
-    return Mean.of(processes.divide(rows, work))
+    return Mean.of(processes.divide(rows, lambda mine: in_batches(model, mine, BATCH, divergences)))

@@ -2,7 +2,7 @@
 
 1. Digest the model's files: the verdict is about these and no others.
 2. Figures without attack, and the divergence from the reference model.
-3. The attacks that the policy limits, one after the other, until one check has failed.
+3. The attacks that the policy limits, one after the other, each until its checks are settled; until one has failed.
 4. The certificate, where the policy limits what it may have missed.
 5. The verdict, and the evidence that it hangs on.
 """
@@ -36,7 +36,7 @@ from harden.report.records import RunRecords
 from harden.report.verdict import summary
 from harden.results import Certificate, Mean, SuiteResults
 from harden.runfolder import RunFolder
-from harden.verdict import GateResults, Verdict, decide, regressions
+from harden.verdict import GateResults, Verdict, decide, regressions, settled
 
 TEST_BENIGN = 48  # benign prompts on which the divergence from the reference is measured
 
@@ -64,10 +64,15 @@ def gate(
     def results(suite: SuiteResults, certificate: Certificate | None = None) -> GateResults:
         return GateResults(prompts=begun["prompts"], suite=suite, benign_kl=divergence, certificate=certificate)
 
-    def failed(suite: SuiteResults) -> bool:
+    def failed(suite: SuiteResults, _attack: str = "") -> bool:
         return decide(results(suite), policy).outcome == "fail"
 
-    suite = attack(recipe, decided=failed)
+    def attack_settled(suite: SuiteResults, name: str) -> bool:
+        return settled(results(suite), policy, name)
+
+    suite = attack(
+        recipe, settled=failed if earlier else attack_settled
+    )  # comparing takes as many prompts as there are
     certify_too = policy.thresholds.missed_breakers is not None and not failed(suite)
     found = results(suite, certify(recipe) if certify_too else None)
     verdict = decide(found, policy, regressions(found, earlier) if earlier else ())
