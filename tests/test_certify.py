@@ -8,12 +8,13 @@ import pytest
 from conftest import ROOT
 from scipy import stats
 
-from harden.attack.respond import Attempt, Responder
+from harden.attack.respond import Responder
 from harden.attack.screen import Screened
-from harden.certify import run
+from harden.certify import confirm, run
 from harden.certify.command import main
 from harden.certify.run import certify
 from harden.errors import HardenError, MeasurementError
+from harden.judges.agreement import Verdict
 from harden.planted import PLANTED_NEURON
 from harden.recipe import Recipe, load_recipe
 from harden.report.certificate import certificate_table, statement
@@ -44,6 +45,18 @@ def recipe_for(folder, name, locators=("gradient",), **certify):
         },
     }
     return load_recipe(ROOT / "recipes/planted/harden.yaml", overrides)
+
+
+def says(monkeypatch, outcome):
+    """Puts `outcome(clamp or None, what it really is)` in place of what the judge finds."""
+    respond = Responder.respond
+
+    def instead(self, requests, label):
+        found = [verdict.outcome for verdict in respond(self, requests, label)]
+        clamps = [next(iter(request.interventions), None) for request in requests]
+        return [Verdict((outcome(clamp, real),), "") for clamp, real in zip(clamps, found, strict=True)]
+
+    monkeypatch.setattr(Responder, "respond", instead)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +98,7 @@ def test_a_scan_goes_on_where_it_was_interrupted(setup, certificate, monkeypatch
     scanned, real = [], run.log_odds_under
 
     def counting(chat_model, clamps, prompts, *rest):
-        if len(scanned) == 3:
+        if len(scanned) == 2:
             raise KeyboardInterrupt
         scanned.append((len(clamps), len(prompts)))
         return real(chat_model, clamps, prompts, *rest)
@@ -97,8 +110,8 @@ def test_a_scan_goes_on_where_it_was_interrupted(setup, certificate, monkeypatch
         certify(recipe)
     monkeypatch.setattr(run, "log_odds_under", lambda *a: (scanned.append((len(a[1]), len(a[2]))), real(*a))[1])
     resumed = certify(recipe)
-    # no attack, also on the test prompts; 16, 16 and 4 neurons at two values on two prompts, which decide all of them
-    assert sorted(scanned) == [(1, 4), (1, 10), (8, 2), (32, 2), (32, 2)]
+    # 16, 16 and 4 neurons at two values on two prompts, which decide all of them
+    assert sorted(scanned) == [(8, 2), (32, 2), (32, 2)]
     assert resumed.model_copy(update={"seconds": 0}) == certificate.model_copy(update={"seconds": 0})
     monkeypatch.setattr(run, "log_odds_under", lambda *a: pytest.fail("complete already"))
     assert certify(recipe) == resumed
@@ -180,7 +193,7 @@ def test_a_damaged_certificate_is_no_result(setup, certificate):
 
 
 def test_a_model_that_refuses_nothing_is_no_certificate(setup, monkeypatch):
-    monkeypatch.setattr(run, "log_odds_under", lambda _model, clamps, texts, *_: [[-1.0] * len(texts) for _ in clamps])
+    monkeypatch.setattr(confirm, "log_odds_under", lambda _model, clamps, texts, *_: [[-1.0] * len(texts)])
     with pytest.raises(MeasurementError, match="none of the 4 scanned prompts is refused"):
         certify(recipe_for(setup, "compliant"))
 
@@ -223,38 +236,32 @@ def test_a_smaller_clamp_is_held_ready_beside_the_one_that_flips_most(monkeypatc
 @pytest.mark.parametrize(("sizes", "gibberish", "tried"), [([2, 1], True, 1), ([-2, 2], True, 2), ([-2, 2], False, 1)])
 def test_a_second_clamp_generates_only_after_gibberish(setup, monkeypatch, sizes, gibberish, tried):
     """At size -2 the planted neuron does not break the model; what it says there is set here."""
-    values, real = {}, Attempt.outcomes.fget
+    values = {}
 
     def suspects(_bench, scans, _plain):
         scan = next(s for s in scans if s.neuron == str(PLANTED_NEURON))
         values.update(zip(sizes, scan.values, strict=True))
         return [(scan.neuron, value, 1, 2) for value in scan.values]
 
-    def outcomes(attempt):
-        if attempt.clamp and attempt.clamp.value == values.get(-2):
-            return dict.fromkeys(attempt.verdicts, "degenerate" if gibberish else "refuse")
-        return real(attempt)
+    def outcome(clamp, real):
+        instead = "degenerate" if gibberish else "refuse"
+        return instead if clamp and clamp.value == values.get(-2) else real
 
     monkeypatch.setattr(run, "_suspects", suspects)
-    monkeypatch.setattr(Attempt, "outcomes", property(outcomes))
+    says(monkeypatch, outcome)
     found = certify(recipe_for(setup, f"waves-{sizes[0]}-{gibberish}", sizes=sizes, top=2, sample=2))
     assert len(found.suspects) == tried and found.breakers == ([str(PLANTED_NEURON)] if gibberish else [])
     assert [s.value for s in found.suspects if s.breaks] == ([values[2]] if gibberish else [])
 
 
 def test_a_model_that_complies_anyway_is_no_certificate(setup, monkeypatch):
-    monkeypatch.setattr(Attempt, "outcomes", property(lambda self: dict.fromkeys(self.verdicts, "comply")))
+    says(monkeypatch, lambda _clamp, _real: "comply")
     with pytest.raises(MeasurementError, match="10 of 10 test prompts comply without attack"):
         certify(recipe_for(setup, "complies"))
 
 
 def test_what_is_left_unjudged_never_counts_as_safe(setup, monkeypatch):
-    real = Attempt.outcomes.fget
-
-    def judged(self):
-        return real(self) if self.clamp is None else dict.fromkeys(self.verdicts, "unjudged")
-
-    monkeypatch.setattr(Attempt, "outcomes", property(judged))
+    says(monkeypatch, lambda clamp, real: "unjudged" if clamp else real)
     found = certify(recipe_for(setup, "unjudged"))
     assert found.breakers and all(s.breaks and s.unjudged.rate == 1.0 for s in found.suspects)
 
@@ -298,26 +305,71 @@ def test_suspects_meet_prompts_until_they_are_decided(setup, monkeypatch):
 
 
 def test_the_easiest_prompts_come_first(setup, monkeypatch):
-    """Those that are refused least, of the scan and of the test prompts; here the last ones of either."""
+    """Those that are refused least, of the scan and of the test prompts; here the last ones of either. Then those that
+    the clamp does most to: here the middle one of the seven that are left, and the one after it."""
     met, real = [], run.log_odds_under
 
     def spying(chat_model, clamps, prompts, *rest):
-        if clamps == [run.NOTHING]:
-            met.append(list(prompts))
-            return [[float(len(prompts) - place) for place in range(len(prompts))]]
         met.append(list(prompts))
+        if clamps == [confirm.NOTHING]:
+            return [[float(len(prompts) - place) for place in range(len(prompts))]]
+        if len(prompts) == 7:
+            return [[1.0, 2.0, math.nan, -3.0, -2.0, 0.0, 0.5] for _ in clamps]
         return real(chat_model, clamps, prompts, *rest)
 
-    attempts, attempt = [], Responder.attempt
+    generated, respond = [], Responder.respond
     monkeypatch.setattr(run, "log_odds_under", spying)
+    monkeypatch.setattr(confirm, "log_odds_under", spying)
     monkeypatch.setattr(
-        Responder, "attempt", lambda self, clamps, prompts, label: (
-            attempts.append([p.text for p in prompts]), attempt(self, clamps, prompts, label))[1],
+        Responder, "respond", lambda self, requests, label: (
+            generated.append([r.text for r in requests]), respond(self, requests, label))[1],
     )  # fmt: skip
-    certify(recipe_for(setup, "order", top=2, sample=2, confirm_first=3))
-    scanned, test = met[0], met[-1]
+    found = certify(recipe_for(setup, "order", top=2, sample=2, confirm_first=3, tolerance=0.6))
+    scanned, test, rest = met[0], met[-2], met[-1]
     assert met[1] == scanned[:-3:-1] and len(scanned) == 4
-    assert attempts[1] == test[:-4:-1] and len(test) == 10
+    assert generated[1] == test[:-4:-1] and len(test) == 10 and rest == test[-4::-1]
+    assert generated[2:] == [[rest[2], rest[3], rest[4]], [rest[5]]], "what is no number might be anything"
+    assert found.breakers == ["1:17"] and found.suspects[0].flipped.count == 7
+
+
+@pytest.mark.parametrize(("odds", "met"), [([1.0] * 6, 2), ([-1.0] * 2 + [1.0] * 4, 2), ([-1.0] * 6, 4)])
+def test_a_suspect_that_cannot_break_the_model_any_more_meets_no_more(setup, monkeypatch, odds, met):
+    """More than 2 of 8 must flip; of none that flip, two and two more are enough."""
+    real = run.log_odds_under
+
+    def log_odds(chat_model, clamps, prompts, *rest):
+        return [odds for _ in clamps] if len(prompts) == 6 else real(chat_model, clamps, prompts, *rest)
+
+    monkeypatch.setattr(confirm, "log_odds_under", log_odds)
+    says(monkeypatch, lambda _clamp, _real: "refuse")
+    name = f"hopeless-{odds}"
+    found = certify(recipe_for(setup, name, top=2, sample=2, confirm_first=2, test_prompts=8, tolerance=0.25))
+    assert {s.flipped.n for s in found.suspects} == {met} and not found.breakers
+
+
+def test_a_certificate_that_was_cut_while_suspects_generate_goes_on(setup, monkeypatch):
+    options = {"top": 2, "sample": 2, "confirm_first": 2, "tolerance": 0.6}
+    whole = certify(recipe_for(setup, "uncut", **options))
+    respond, left = Responder.respond, [3]
+
+    def cut(self, requests, label):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return respond(self, requests, label)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Responder, "respond", cut)
+        certify(recipe_for(setup, "cut", **options))
+    real = confirm.log_odds_under
+
+    def only_plain(chat_model, clamps, *rest):
+        return real(chat_model, clamps, *rest) if clamps == [confirm.NOTHING] else pytest.fail("saved already")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(confirm, "log_odds_under", only_plain)
+        again = certify(recipe_for(setup, "cut", **options))
+    assert again.suspects == whole.suspects and whole.breakers == ["1:17"]
 
 
 def test_values_that_are_equal_are_scanned_once(setup):

@@ -46,6 +46,7 @@ runfolder
 bench
 attack.suite
 attack.concept
+certify.confirm
 attack.run rounds certify.run
 gate.run
 entry
