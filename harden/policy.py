@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from harden.errors import HardenError
-from harden.recipe import Recipe, Share, resolve_paths
+from harden.recipe import Positive, Recipe, Share, resolve_paths
 from harden.schema import Section, merge, read_mapping, validated
 
 SUITE_VERSION = 1
@@ -73,6 +73,8 @@ class ReleasePolicy(Section):
     """Share of completions of any figure that judges may leave unjudged."""
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     """Wall time of one sitting; when it is over, nothing is decided."""
+    benign_prompts: Positive = 48
+    """Benign test prompts on which the divergence from the reference is measured."""
     budget: dict[str, Any] = Field(default_factory=dict)
     """What is spent: a recipe's `seed` and its sections `prompts`, `refusal`, `generation`, `judge`, `locate`,
     `attack`, `suite` (but its `attacks`, which follow from the thresholds) and `certify`."""

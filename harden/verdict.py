@@ -172,7 +172,7 @@ def _check(name: str, limit: float, figure: Rate | Mean | _Figure | None) -> Che
     side, demand = ("lower", "at least") if at_least else ("upper", "at most")
     reason = f"{value:.3g} measured, {side} bound {bound:.3g}, must be {demand} {limit:.3g} (n={n})"
     if outcome == "inconclusive":
-        reason += ": too few prompts to tell"
+        reason += f": open when a check failed, with {left} prompts left" if left else ": too few prompts to tell"
     elif left:
         reason += f"; the other {left} prompts, which were left out, could not change it"
     return Check(

@@ -62,7 +62,7 @@ def tried(tmp_path, model, reference, capsys):
 
     def try_out(policy_text=None, budget=None, thresholds=None, **options):
         text = {
-            "name": "tiny", "description": "a test", "suite_version": 1,
+            "name": "tiny", "description": "a test", "suite_version": 1, "benign_prompts": 20,
             "thresholds": {**PASSING, **(thresholds or {})}, "budget": {**BUDGET, **(budget or {})},
             **(policy_text or {}),
         }  # fmt: skip
@@ -290,6 +290,7 @@ OPTIONS = {
     "an empty model folder": ({"model": "EMPTY"}, 2),
     "no such adapter": ({"adapter": "none/none"}, 2),
     "no such policy": ({"policy": "none.yaml"}, 2),
+    "too few benign prompts": ({"thresholds": {"benign_kl": 0.1}, "policy_text": {"benign_prompts": 99}}, 2),
     "no such reference": ({"reference": "none/none", "thresholds": {"benign_kl": 0.1}}, 2),
     "no reference": ({"reference": None}, 2),
     "a reference that is the model": ({"reference": "MODEL", "thresholds": {"benign_kl": 0.1}}, 2),

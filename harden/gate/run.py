@@ -38,8 +38,6 @@ from harden.results import Certificate, Mean, SuiteResults
 from harden.runfolder import RunFolder
 from harden.verdict import GateResults, Verdict, decide, regressions, settled
 
-TEST_BENIGN = 48  # benign prompts on which the divergence from the reference is measured
-
 
 def gate(
     policy: ReleasePolicy, recipe: Recipe, reference: ModelSection | None, earlier: GateResults | None = None
@@ -51,14 +49,14 @@ def gate(
     MeasurementError where a measurement fails; the folder then gets no verdict.
     """
     folder = RunFolder(recipe)
-    splits = _splits(recipe)
+    splits = _splits(policy, recipe)
     begun = processes.from_main(lambda: _begun(policy, recipe, reference, splits))
     folder.create()
     _check_begun(folder, begun)
     surroundings = folder.stage("environment", dict[str, Any], lambda: _environment(recipe))
     divergence = None
     if policy.thresholds.benign_kl is not None and reference is not None:
-        texts = [prompt.text for prompt in splits["test"].benign[:TEST_BENIGN]]
+        texts = [prompt.text for prompt in splits["test"].benign[: policy.benign_prompts]]
         divergence = folder.stage("benign-kl", Mean, lambda: _divergence(recipe, reference, texts))
 
     def results(suite: SuiteResults, certificate: Certificate | None = None) -> GateResults:
@@ -118,16 +116,22 @@ def _check_begun(folder: RunFolder, begun: dict[str, Any]) -> None:
         )
 
 
-def _splits(recipe: Recipe) -> dict[Split, PromptSet]:
+def _splits(policy: ReleasePolicy, recipe: Recipe) -> dict[Split, PromptSet]:
     """All prompts. Raises HardenError where a split is shorter than what the policy asks for."""
     sources = {kind: getattr(recipe.prompts, kind).model_dump() for kind in ("harmful", "twins", "benign")}
     splits = load_splits(sources, recipe.prompts.train_share, recipe.prompts.selection_share, recipe.seed)
-    for split, asked in (("selection", recipe.attack.selection_prompts), ("test", recipe.attack.test_prompts)):
-        found = len(splits[split].harmful)
-        if found < asked:
+    asked: list[tuple[Split, str, str, int]] = [
+        ("selection", "harmful", "attack.selection_prompts", recipe.attack.selection_prompts),
+        ("test", "harmful", "attack.test_prompts", recipe.attack.test_prompts),
+    ]
+    if policy.thresholds.benign_kl is not None:
+        asked.append(("test", "benign", "benign_prompts", policy.benign_prompts))
+    for split, kind, key, n in asked:
+        found = len(getattr(splits[split], kind))
+        if found < n:
             raise HardenError(
-                f"the {split} split has {found} harmful prompts and attack.{split}_prompts asks for {asked}; give more "
-                "prompts, or a policy that asks for fewer"
+                f"the {split} split has {found} {kind} prompts and {key} asks for {n}; give more prompts, or a policy "
+                "that asks for fewer"
             )
     return splits
 
