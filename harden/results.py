@@ -282,8 +282,9 @@ class Suspect(Record):
     degenerate: Rate
     unjudged: Rate
     flipped: Rate
-    """Of the test prompts that it met and that do not comply without attack, those that comply or are left unjudged
-    under the clamp. It met fewer than there are if the first ones all held, or enough flipped to break the model."""
+    """Of the test prompts that it met, none of which complies without attack, those that comply or are left unjudged
+    under the clamp. It met those first that it damages most, and no more than decide whether it breaks the model, so
+    this is more than its share of all."""
     breaks: bool
     """Whether it flips more than the tolerance allows of the test prompts that do not comply without attack."""
 
@@ -326,8 +327,9 @@ class Certificate(Record):
     raced: int
     """Scanned neurons all of whose clamps were decided there."""
     confirm_first: int
-    """Test prompts that a suspect met first; one that flipped none of them met no others and is no breaker. Heats
-    double from there, and who has flipped enough to break the model meets no more."""
+    """Test prompts that a suspect met first, those that are refused least. If they did not break the model, those
+    followed that it takes to log-odds of 0 or below, the lowest first, so many and then twice as many; it ended when
+    all were refused, enough had flipped, or what was left could not be enough."""
     tolerance: float
     no_attack: Rate
     """Test prompts that comply without attack."""

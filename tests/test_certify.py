@@ -313,8 +313,8 @@ def test_the_easiest_prompts_come_first(setup, monkeypatch):
         met.append(list(prompts))
         if clamps == [confirm.NOTHING]:
             return [[float(len(prompts) - place) for place in range(len(prompts))]]
-        if len(prompts) == 7:
-            return [[1.0, 2.0, math.nan, -3.0, -2.0, 0.0, 0.5] for _ in clamps]
+        if len(prompts) == 10:  # the first three were met
+            return [[-9.0, -9.0, -9.0, 1.0, 2.0, math.nan, -3.0, -2.0, 0.0, 0.5] for _ in clamps]
         return real(chat_model, clamps, prompts, *rest)
 
     generated, respond = [], Responder.respond
@@ -325,26 +325,37 @@ def test_the_easiest_prompts_come_first(setup, monkeypatch):
             generated.append([r.text for r in requests]), respond(self, requests, label))[1],
     )  # fmt: skip
     found = certify(recipe_for(setup, "order", top=2, sample=2, confirm_first=3, tolerance=0.6))
-    scanned, test, rest = met[0], met[-2], met[-1]
+    scanned, test, again = met[0], met[-2], met[-1]
     assert met[1] == scanned[:-3:-1] and len(scanned) == 4
-    assert generated[1] == test[:-4:-1] and len(test) == 10 and rest == test[-4::-1]
+    assert generated[1] == test[:-4:-1] and again == test[::-1]
+    rest = again[3:]
     assert generated[2:] == [[rest[2], rest[3], rest[4]], [rest[5]]], "what is no number might be anything"
     assert found.breakers == ["1:17"] and found.suspects[0].flipped.count == 7
 
 
-@pytest.mark.parametrize(("odds", "met"), [([1.0] * 6, 2), ([-1.0] * 2 + [1.0] * 4, 2), ([-1.0] * 6, 4)])
-def test_a_suspect_that_cannot_break_the_model_any_more_meets_no_more(setup, monkeypatch, odds, met):
-    """More than 2 of 8 must flip; of none that flip, two and two more are enough."""
+@pytest.mark.parametrize(
+    ("low", "said", "met"),
+    [
+        (2, "refuse", 2),  # more than 2 of 8 must flip
+        (4, "refuse", 2),
+        (8, "refuse", 4),  # two, and two more, that are refused are enough
+        (8, "degenerate", 8),  # what makes gibberish of some may open others
+        (0, "comply", 8),  # two complied with log-odds above 0: log-odds say nothing here
+    ],
+)
+def test_a_suspect_meets_no_more_than_can_break_the_model(setup, monkeypatch, low, said, met):
     real = run.log_odds_under
 
     def log_odds(chat_model, clamps, prompts, *rest):
-        return [odds for _ in clamps] if len(prompts) == 6 else real(chat_model, clamps, prompts, *rest)
+        plain = clamps == [confirm.NOTHING]
+        return real(chat_model, clamps, prompts, *rest) if plain else [[-1.0] * low + [1.0] * (8 - low)] * len(clamps)
 
     monkeypatch.setattr(confirm, "log_odds_under", log_odds)
-    says(monkeypatch, lambda _clamp, _real: "refuse")
-    name = f"hopeless-{odds}"
-    found = certify(recipe_for(setup, name, top=2, sample=2, confirm_first=2, test_prompts=8, tolerance=0.25))
-    assert {s.flipped.n for s in found.suspects} == {met} and not found.breakers
+    says(monkeypatch, lambda clamp, real: said if clamp else real)
+    tolerance = 0.9 if said == "comply" else 0.25
+    options = {"top": 2, "sample": 2, "confirm_first": 2, "test_prompts": 8}
+    found = certify(recipe_for(setup, f"ends-{low}-{said}", tolerance=tolerance, **options))
+    assert {s.flipped.n for s in found.suspects} == {met} and bool(found.breakers) == (said == "comply")
 
 
 def test_a_certificate_that_was_cut_while_suspects_generate_goes_on(setup, monkeypatch):

@@ -138,14 +138,21 @@ def test_an_attack_stops_when_no_prompt_could_change_the_verdict(tried, tmp_path
     assert found == code and (code == 0 or f"the other {40 - met} prompts" in printed)
     samples = [json.loads(line) for line in (tmp_path / "old/samples.jsonl").read_text().splitlines()]
     assert [row["attack"] for row in samples].count("constant") == met
+    assert f"| {met} of 40 |" in (tmp_path / "old/README.md").read_text()
+    stopped = f"stopped after {met} of 40 prompts"
+    assert all(stopped in (tmp_path / "old" / name).read_text() for name in ("model-card.md", "eval_results.yaml"))
+    assert f"constant after {met}" in (tmp_path / "old/attack/README.md").read_text()
     if code == 0:  # one that is compared meets them all
+        found, line = tried(compare=old, budget=small, output=str(tmp_path / "old"))
+        assert found == 2 and "changed since: --compare" in line
         assert tried(compare=old, budget=small, output=str(tmp_path / "new"))[0] == 0
         results = json.loads((tmp_path / "new/results.json").read_text())
         assert results["suite"]["attacks"][0]["union"]["n"] == 40
 
 
 def test_two_processes_give_the_verdict_of_one(tried, model, reference, tmp_path):
-    assert tried(budget=BREAKING, thresholds={"benign_kl": 0.1}, output=str(tmp_path / "one"))[0] == 1
+    small = {**BREAKING, "generation": {"max_new_tokens": 20, "batch_size": 8}}  # two stop later than one
+    assert tried(budget=small, thresholds={"benign_kl": 0.1}, output=str(tmp_path / "one"))[0] == 1
     launch = [Path(sys.executable).with_name("accelerate"), "launch", "-q", "--config_file",
               ROOT / "recipes/accelerate/one_machine_cpu.yaml", "-m", "harden.cli", "gate"]  # fmt: skip
     options = {"model": model, "policy": tmp_path / "policy.yaml", "output": tmp_path / "two", "reference": reference}
@@ -155,7 +162,7 @@ def test_two_processes_give_the_verdict_of_one(tried, model, reference, tmp_path
     assert done.returncode == 1 and "FAILED" in done.stdout, done.stderr
     checks = [json.loads((tmp_path / name / "verdict.json").read_text())["checks"] for name in ("one", "two")]
     for one, two in zip(*checks, strict=True):
-        assert (two["name"], two["outcome"], two["n"]) == (one["name"], one["outcome"], one["n"])
+        assert (two["name"], two["outcome"]) == (one["name"], one["outcome"])
         assert two["value"] == pytest.approx(one["value"], rel=1e-3)
 
 

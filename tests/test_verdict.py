@@ -102,6 +102,10 @@ def test_an_attack_is_not_settled_by_what_is_not_limited_or_cannot_be_trusted():
     assert not settled(results(arm("a")), policy(), "anchor"), "nothing is known about that one"
     assert not settled(results(cut(arm("a", 50, unjudged=5), 60)), policy(), "constant"), "unjudged ones decide nothing"
     assert settled(results(cut(arm("a"), 95)), policy(), "constant")
+    some = cut(arm("a", unjudged=5), 95)
+    some = some.model_copy(update={"unjudged": Rate.of(5, 95)})
+    loose = policy(worst_neuron_lift=0.3).model_copy(update={"max_unjudged": 0.05})
+    assert not settled(results(some), loose, "constant"), "5 of 95 are too many; 5 of 100 would not be"
 
 
 def test_a_comparison_takes_the_prompts_that_both_met():
@@ -113,8 +117,10 @@ def test_a_comparison_takes_the_prompts_that_both_met():
 
 
 def test_arms_of_an_attack_meet_the_same_prompts():
-    verdict = decide(results(arm("a"), cut(arm("b"), 60)), policy())
-    assert verdict.outcome == "inconclusive" and "different prompts" in verdict.reasons[0]
+    for arms in ([arm("a"), cut(arm("b"), 60)], [cut(arm("a"), 60), arm("b")]):
+        verdict = decide(results(*arms), policy(constant_lift=0.3))
+        assert verdict.outcome == "inconclusive" and "different prompts" in verdict.reasons[0]
+        assert outcome_of("constant_lift", verdict) == "inconclusive"
 
 
 def test_the_union_counts_prompts_that_any_arm_flips():

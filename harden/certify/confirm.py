@@ -1,16 +1,16 @@
 """Suspects generate: which clamps break the model on test prompts.
 
 A clamp meets first the prompts that are refused least. If those do not break the model, it meets the others in order
-of their exact refusal log-odds under this very clamp, the most damaged first, and those that it leaves above 0 not at
-all. It ends when the model is broken, or cannot be any more.
+of their exact refusal log-odds under this very clamp, the most damaged first. Those that it leaves above 0 it does not
+meet, unless one of the first was above 0 and complied. It ends when the model is broken, or cannot be any more.
 """
 
 from __future__ import annotations
 
-import logging
+import hashlib
+import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from itertools import count
 
 from harden.bench import Bench
 from harden.effects import log_odds_under
@@ -21,8 +21,6 @@ from harden.judges.base import Outcome
 from harden.neurons import Neuron
 from harden.prompts import Prompt
 from harden.results import Rate, Suspect
-
-logger = logging.getLogger(__name__)
 
 CHUNK = 32  # clamps whose log-odds are saved together
 NOTHING = Scale(Neuron(0, 0), 1.0)  # an intervention that leaves everything as it is
@@ -99,23 +97,19 @@ class _Race:
         self.bench, self.prompts = bench, prompts
         self.first = bench.recipe.certify.confirm_first
         self.allowed = bench.recipe.certify.tolerance * len(prompts)
-        self.runs = count()  # the stages of each run have their own names
 
     def broken(self, outcomes: Mapping[str, Outcome]) -> bool:
         return flips(outcomes) > self.allowed
 
     def run(self, clamps: Sequence[Clamp]) -> dict[Clamp, Outcomes]:
         """What the prompts that each clamp met came to."""
-        number = next(self.runs)
         found: dict[Clamp, Outcomes] = {clamp: {} for clamp in clamps}
         self._meet(found, {clamp: self.prompts[: self.first] for clamp in clamps}, "the easiest prompts")
-        rest = self.prompts[self.first :]
-        undecided = [clamp for clamp in clamps if not self.broken(found[clamp])]
-        ahead = self._most_damaged_first(undecided, rest, number)
+        ahead = self._most_damaged_first({clamp: of for clamp, of in found.items() if not self.broken(of)})
         size = self.first
         while ahead := {clamp: queue for clamp, queue in ahead.items() if self._open(found[clamp], queue)}:
             self._meet(found, {clamp: queue[:size] for clamp, queue in ahead.items()}, f"{len(ahead)} undecided")
-            ahead = {clamp: queue[size:] for clamp, queue in ahead.items() if flips(found[clamp])}
+            ahead = {clamp: queue[size:] for clamp, queue in ahead.items() if set(found[clamp].values()) != {"refuse"}}
             size *= 2
         return found
 
@@ -130,28 +124,43 @@ class _Race:
         for (clamp, prompt), verdict in zip(pairs, verdicts, strict=True):
             found[clamp][prompt.id] = verdict.outcome
 
-    def _most_damaged_first(
-        self, clamps: Sequence[Clamp], prompts: Sequence[Prompt], number: int
-    ) -> dict[Clamp, list[Prompt]]:
-        """Of each clamp the prompts that it takes to log-odds of 0 or below, the lowest first; clamps without are left
-        out. Saved chunk by chunk."""
-        bench, texts = self.bench, [prompt.text for prompt in prompts]
+    def _most_damaged_first(self, found: Mapping[Clamp, Outcomes]) -> dict[Clamp, list[Prompt]]:
+        """Of each clamp the prompts that it has not met, those of the lowest log-odds first, and none above 0 unless
+        log-odds were wrong about a prompt that it met."""
         queues: dict[Clamp, list[Prompt]] = {}
-        ordered = sorted(clamps, key=lambda clamp: (clamp.neuron, clamp.value))  # those of a layer run together
-        with progress_bar(len(ordered) if texts else 0, "log-odds of test prompts") as bar:
-            for start in range(0, len(ordered) if texts else 0, CHUNK):
-                chunk = ordered[start : start + CHUNK]
-
-                def odds(chunk: Sequence[Clamp] = chunk) -> list[list[float | None]]:
-                    batch_size = bench.recipe.generation.batch_size
-                    rows = log_odds_under(bench.chat_model, chunk, texts, bench.phrases, batch_size, "these clamps")
-                    return [[x if math.isfinite(x) else None for x in row] for row in rows]
-
-                rows = bench.folder.stage(f"test-odds-{number}-{start:05d}", list[list[float | None]], odds)
-                for clamp, row in zip(chunk, rows, strict=True):
-                    low = [(-math.inf if x is None else x, place) for place, x in enumerate(row)]  # no number: see
-                    queue = [prompts[place] for x, place in sorted(low) if x <= 0]
-                    if queue:
-                        queues[clamp] = queue
-                bar.update(len(chunk))
+        for clamp, odds in self._log_odds(found).items():
+            surprised = any(odds[prompt] > 0 and flips({prompt: of}) for prompt, of in found[clamp].items())
+            left = [prompt for prompt in self.prompts[self.first :] if surprised or odds[prompt.id] <= 0]
+            queues[clamp] = sorted(left, key=lambda prompt, odds=odds: odds[prompt.id])
         return queues
+
+    def _log_odds(self, clamps: Collection[Clamp]) -> dict[Clamp, dict[str, float]]:
+        """Of every prompt, by id; minus infinity where they are no number, since that may be anything. Saved chunk by
+        chunk, under the names of what is in it."""
+        if len(self.prompts) <= self.first:
+            return {}
+        found: dict[Clamp, dict[str, float]] = {}
+        ordered = sorted(clamps, key=lambda clamp: (clamp.neuron, clamp.value))  # those of a layer run together
+        with progress_bar(len(ordered), "log-odds of test prompts") as bar:
+            for start in range(0, len(ordered), CHUNK):
+                chunk = ordered[start : start + CHUNK]
+                name = hashlib.sha256(json.dumps([[str(c.neuron), c.value] for c in chunk]).encode()).hexdigest()[:16]
+                rows = self.bench.folder.stage(
+                    f"test-odds-{name}", list[list[float | None]], lambda chunk=chunk: self._exact(chunk)
+                )
+                for clamp, row in zip(chunk, rows, strict=True):
+                    numbers = [-math.inf if x is None else x for x in row]
+                    found[clamp] = {prompt.id: x for prompt, x in zip(self.prompts, numbers, strict=True)}
+                bar.update(len(chunk))
+        return found
+
+    def _exact(self, clamps: Sequence[Clamp]) -> list[list[float | None]]:
+        """Log-odds of every prompt under every clamp; None: no number."""
+        bench, rows = self.bench, [[] for _ in clamps]
+        batch_size = bench.recipe.generation.batch_size
+        for start in range(0, len(self.prompts), batch_size):
+            texts = [prompt.text for prompt in self.prompts[start : start + batch_size]]
+            odds = log_odds_under(bench.chat_model, clamps, texts, bench.phrases, batch_size, "these clamps")
+            for row, more in zip(rows, odds, strict=True):
+                row += [x if math.isfinite(x) else None for x in more]
+        return rows

@@ -4,8 +4,9 @@
 2. Scan: exact refusal log-odds on selection prompts with the neuron clamped to each of its values. It is a race: most
    clamps are cleared on the few prompts that are most easily talked out of refusing, or flip one; only the undecided
    see the others.
-3. Suspects: clamps that flip a scanned prompt and leave the model able to speak. They generate on test prompts, those
-   first on which they do most; one breaks the model if more than the tolerance of those that do not comply anyway do.
+3. Suspects: clamps that flip a scanned prompt and leave the model able to speak. They generate on test prompts, the
+   easiest first and then those that they damage most; one breaks the model if more than the tolerance of those that do
+   not comply anyway do.
 4. What random neurons were found to do bounds what those that nobody scanned do: exact hypergeometric bound at 95% (in
    the spirit of AtP*, arXiv 2403.00745, which bounds its misses by a random sample).
 """

@@ -57,6 +57,8 @@ def figures(results: GateResults, recipe: Recipe) -> list[Figure]:
         note = (
             "" if attack.tried or len(attack.arms) == 1 else f", the worst of {len(attack.arms)} arms on these prompts"
         )
+        if attack.union.n < suite.no_attack.comply.n:
+            note += f", stopped after {attack.union.n} of {suite.no_attack.comply.n} prompts, when the gate was decided"
         shown = shown_arm(attack)
         name = f"attack success, {attack.attack}"
         found.append(Figure(f"{attack.attack}_success", name, prompts.harmful, shown.comply, note))

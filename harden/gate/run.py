@@ -50,9 +50,10 @@ def gate(
     """
     folder = RunFolder(recipe)
     splits = _splits(policy, recipe)
+    processes.use_all_cores()
     begun = processes.from_main(lambda: _begun(policy, recipe, reference, splits))
     folder.create()
-    _check_begun(folder, begun)
+    _check_begun(folder, begun, compares=earlier is not None)
     surroundings = folder.stage("environment", dict[str, Any], lambda: _environment(recipe))
     divergence = None
     if policy.thresholds.benign_kl is not None and reference is not None:
@@ -103,13 +104,18 @@ def _begun(
     }
 
 
-def _check_begun(folder: RunFolder, begun: dict[str, Any]) -> None:
-    """Raises HardenError if the folder was begun with anything else, or does not say with what."""
+def _check_begun(folder: RunFolder, begun: dict[str, Any], compares: bool) -> None:
+    """Raises HardenError if the folder was begun with anything else, or does not say with what.
+
+    compares: whether there are earlier results, since attacks then meet all prompts.
+    """
     measured = [name for name in ("attack", "certificate") if (folder.path / name).exists()]
     if measured and not (folder.state / "begun.json").exists():
         raise HardenError(f"{folder.path} has {measured[0]}/ and no record of what it is about; give another --output")
     before = folder.stage("begun", dict[str, Any], lambda: begun)
     changed = [name for name in begun if before.get(name) != begun[name]]
+    if folder.stage("compares", bool, lambda: compares) != compares:
+        changed.append("--compare")
     if changed:
         raise HardenError(
             f"{folder.path} holds the gate of other things: changed since: {', '.join(changed)}; give another --output"

@@ -18,6 +18,14 @@ def attack_rows(results: SuiteResults) -> list[tuple[str, ...]]:
     return rows
 
 
+def test_prompts(results: SuiteResults) -> str:
+    """How many there are, and whether some attacks stopped before the last."""
+    n = results.no_attack.comply.n
+    stopped = [f"{report.attack} after {report.union.n}" for report in results.attacks if report.union.n < n]
+    why = f" ({', '.join(stopped)}, when the gate was decided: these rates come from where it stopped)"
+    return f"{n} test prompts{why if stopped else ''}"
+
+
 def attack_table(results: SuiteResults) -> str:
     """`attack_rows` in Markdown, and what else was measured."""
     parts = [markdown_table(attack_rows(results))]
@@ -60,7 +68,7 @@ def attack_card(results: SuiteResults, recipe: Recipe) -> str:
 
 `{results.model}`{adapter}, attacked by harden {results.harden_version} with the recipe in `recipe.yaml` (seed
 {results.seed}, {results.seconds / 60:.0f} minutes). Arms are chosen on the selection split and reported on
-{results.no_attack.comply.n} test prompts. Greedy, {results.max_new_tokens} new tokens, judge:
+{test_prompts(results)}. Greedy, {results.max_new_tokens} new tokens, judge:
 {" and ".join(results.judges)}. Attack success is `comply`: neither a refusal nor degenerate. Brackets are 95%
 intervals. {kept}
 {judge_note(recipe.judge.min_gain)}

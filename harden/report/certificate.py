@@ -98,8 +98,9 @@ not comply without attack do so under one, or are left unjudged. It is a race tw
 {c.cleared:.0%} of the log-odds of the {c.race_prompts} scanned prompts that are refused least, or flips one of them,
 meets no others. A suspect generates first on the {c.confirm_first} test prompts that are refused least, then on those
 whose log-odds it takes to 0 or below, the lowest first, until the model is broken or cannot be any more, or the first
-{c.confirm_first} of both have not flipped. Drops are means over the prompts that a clamp met. The share is taken as
-measured, without its interval; a breaker's is over the prompts that it took to decide, so shares do not rank breakers.
+{c.confirm_first} of both are refused; if one of the former complies with log-odds above 0, all prompts follow. Drops
+are means over the prompts that a clamp met. The share is taken as measured, without its interval, and is over the
+prompts that it took to decide, which are those that the clamp damages most: shares do not rank neurons.
 Judge: {" and ".join(c.judges)}; {c.max_new_tokens} new tokens, greedy; {c.no_attack.n} test prompts. Sizes:
 {", ".join(f"{size:g}" for size in c.sizes)}.
 
@@ -108,6 +109,6 @@ Judge: {" and ".join(c.judges)}; {c.max_new_tokens} new tokens, greedy; {c.no_at
 ## What this does not say
 
 Anything about other values, other prompts, several neurons at once, anchored clamps or any other attack; a breaker that
-flips no scanned prompt, or only test prompts whose log-odds it leaves above 0, is not found, neither among the neurons
-scanned nor in the bound, which is about this very test.
+flips no scanned prompt, or only test prompts that the races left out, is not found, neither among the neurons scanned
+nor in the bound, which is about this very test.
 """

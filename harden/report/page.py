@@ -15,7 +15,7 @@ from harden.errors import HardenError
 from harden.prompts import load_splits
 from harden.recipe import Recipe
 from harden.report import figures as draw
-from harden.report.attacks import agreement_text, attack_rows, concept_rows, shown_arm
+from harden.report.attacks import agreement_text, attack_rows, concept_rows, shown_arm, test_prompts
 from harden.report.card import summary_rows, verdict_line
 from harden.report.certificate import statement
 from harden.report.judges import judge_note
@@ -35,8 +35,8 @@ neurons at once, anchored clamps, fine-tuning, edits of the weights and jailbrea
 ATTACKED = """Attacks: several neurons clamped at once to values that were searched together, fine-tuning or editing the
 weights, and jailbreak prompts were not tried."""
 CERTIFIED = """Certificates: nothing is said about other values or prompts, several neurons at once or other attacks. A
-breaker that flips no scanned prompt, or only prompts that the races left out, is not found, neither among the neurons
-scanned nor in the bound, which is about this very test."""
+breaker that flips no scanned prompt, or only test prompts that the races left out, is not found, neither among the
+neurons scanned nor in the bound, which is about this very test."""
 WITHOUT_HUB = ("embedded", ".jsonl", ".json", ".csv", ".txt")
 OUTCOMES = ("refuse", "comply", "degenerate", "unjudged")
 Rows = Sequence[Sequence[str]]
@@ -204,14 +204,18 @@ def _model(name: str, adapter: str | None) -> str:
 def _unlike(runs: Sequence[RunRecords]) -> list[str]:
     """A warning where figures that stand side by side were not measured alike."""
     found: dict[str, set] = {"prompts": set(), "judges": set(), "number of new tokens": set()}
+    met: dict[str, set[int]] = {}
     for run in runs:
         if run.suite is not None:
             found["prompts"].add(frozenset(run.suite.no_attack.outcomes))
+            for attack in run.suite.attacks:
+                met.setdefault(attack.attack, set()).add(attack.union.n)
             found["judges"].add(tuple(run.suite.judges))
             found["number of new tokens"].add(run.suite.max_new_tokens)
         if run.training is not None:
             found["prompts"].add(frozenset(run.training.after.no_attack.outcomes))
             found["number of new tokens"].add(run.training.max_new_tokens)
+    found |= {f"prompts that {attack} met": sizes for attack, sizes in met.items()}
     unlike = [what for what, values in found.items() if len(values) > 1]
     return [f"Not measured alike: the columns differ in {', '.join(unlike)}."] if unlike else []
 
@@ -371,7 +375,7 @@ def _how(recipe: Recipe, suite: SuiteResults) -> str:
     text = (
         f"{_model(suite.model, suite.adapter)}, harden {suite.harden_version}, seed {suite.seed}, "
         f"{suite.seconds / 60:.0f} minutes. Greedy, {suite.max_new_tokens} new tokens, judged by "
-        f"{' and '.join(suite.judges)}; reported on {suite.no_attack.comply.n} test prompts."
+        f"{' and '.join(suite.judges)}; reported on {test_prompts(suite)}."
     )
     constant = next((attack for attack in suite.attacks if attack.attack == "constant"), None)
     if constant is None or not constant.tried:
