@@ -71,12 +71,19 @@ def attach_adapter(
     chat_model.neurons = find_neurons(model)
 
 
+def check_adapter_folder(adapter: str) -> None:
+    """Raises HardenError for a folder that holds no adapter: PEFT would look for one of that name on the hub."""
+    if Path(adapter).is_dir() and not (Path(adapter) / "adapter_config.json").is_file():
+        raise HardenError(f"{adapter} holds no adapter: there is no adapter_config.json in it")
+
+
 def load_adapter(chat_model: ChatModel, adapter: str) -> None:
     """Wrap `chat_model.model` with a finished adapter of any PEFT kind, to be measured.
 
     Its `starting_model` is the base model. Raises HardenError when it cannot be loaded or does not fit,
     MeasurementError when it is not finite.
     """
+    check_adapter_folder(adapter)
     try:
         model = PeftModel.from_pretrained(chat_model.model, adapter, adapter_name=TRAINED)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:

@@ -21,6 +21,12 @@ def main() -> int:
     commands.add_parser("verify", add_help=False, help="check that a gate's evidence and a model belong together")
     arguments, rest = parser.parse_known_args()
 
+    from harden.entry import guarded
+
+    return guarded(lambda: _run(arguments.command, rest))  # importing takes a while, and may be interrupted
+
+
+def _run(command: str, rest: list[str]) -> int:
     from harden import train
     from harden.attack import command as attack
     from harden.certify import command as certify
@@ -28,7 +34,7 @@ def main() -> int:
     from harden.gate import sign, verify
     from harden.report import command as report
 
-    if arguments.command == "train":
+    if command == "train":
         return train.main(rest, "harden train")
     entry_points = {
         "attack": attack,
@@ -38,7 +44,7 @@ def main() -> int:
         "sign": sign,
         "verify": verify,
     }
-    return entry_points[arguments.command].main(rest)
+    return entry_points[command].main(rest)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ Model = TypeVar("Model", bound=BaseModel)
 
 def read_finished(path: Path, kind: type[Model]) -> Model:
     """The record of a finished run; HardenError if it cannot be read as one."""
+    if not path.is_file():
+        raise HardenError(f"there is no file {path}")
     try:
         return kind.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -123,7 +123,8 @@ def regressions(results: GateResults, earlier: GateResults) -> list[Check]:
     for (name, n), p in zip(sizes.items(), holm(list(p_values.values())), strict=True):
         blind = 0.5**n * len(p_values) >= REGRESSION_LEVEL
         outcome: Outcome = "inconclusive" if blind else "fail" if p < REGRESSION_LEVEL else "pass"
-        reason = "too few prompts to tell" if blind else f"worse than before with p = {p:.2g} (n={n})"
+        worse = "worse than before" if outcome == "fail" else "not shown to be worse than before"
+        reason = "too few prompts to tell" if blind else f"{worse}, p = {p:.2g} (n={n})"
         checks.append(
             Check(
                 name=f"regression: {name}",

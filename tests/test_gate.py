@@ -78,8 +78,8 @@ def tried(tmp_path, model, reference, capsys):
         except SystemExit as stopped:
             return stopped.code, capsys.readouterr().err.splitlines()[-1]
         printed = capsys.readouterr()
-        lines = [line for line in printed.err.replace("\r", "\n").splitlines() if line.startswith("harden: ")]
-        return code, lines[-1] if lines else printed.out
+        lines = [line for line in printed.err.replace("\r", "\n").splitlines() if line.startswith("harden: error")]
+        return code, lines[-1] if lines else printed.err + printed.out
 
     return try_out
 
@@ -144,7 +144,7 @@ def test_an_attack_stops_when_no_prompt_could_change_the_verdict(tried, tmp_path
     assert f"constant after {met}" in (tmp_path / "old/attack/README.md").read_text()
     if code == 0:  # one that is compared meets them all
         found, line = tried(compare=old, budget=small, output=str(tmp_path / "old"))
-        assert found == 2 and "changed since: --compare" in line
+        assert found == 2 and "changed since: compared with" in line
         assert tried(compare=old, budget=small, output=str(tmp_path / "new"))[0] == 0
         results = json.loads((tmp_path / "new/results.json").read_text())
         assert results["suite"]["attacks"][0]["union"]["n"] == 40
@@ -301,6 +301,7 @@ OPTIONS = {
     "no such reference": ({"reference": "none/none", "thresholds": {"benign_kl": 0.1}}, 2),
     "no reference": ({"reference": None}, 2),
     "a reference that is the model": ({"reference": "MODEL", "thresholds": {"benign_kl": 0.1}}, 2),
+    "a folder that is no adapter": ({"adapter": "MODEL"}, 2),
     "an empty adapter": ({"adapter": ""}, 2),
     "empty results to compare with": ({"compare": ""}, 2),
     "an output inside the model": ({"output": "MODEL"}, 2),
@@ -552,3 +553,23 @@ def test_an_attestation_that_is_none(gated, capsys, text):
 def test_a_folder_without_a_gate(model, tmp_path, capsys):
     assert verified(tmp_path, str(model), capsys)[0] == 2
     assert verified(tmp_path, "none/none", capsys)[0] == 2
+
+
+# -- what a gate is about --------------------------------------------------------------------------------------------
+
+
+def test_evidence_says_what_it_was_measured_against(tried, tmp_path, reference):
+    assert tried(thresholds={"benign_kl": 0.1}, output=str(tmp_path / "old"))[0] == 0
+    assert tried(compare=str(tmp_path / "old/results.json"), thresholds={"benign_kl": 0.1})[0] == 0
+    old, new = (json.loads((tmp_path / name / "inputs.json").read_text()) for name in ("old", "out"))
+    weights = hashlib.sha256((Path(reference) / "model.safetensors").read_bytes()).hexdigest()
+    assert new["reference"]["model/model.safetensors"] == weights
+    assert old["compared with"] is None and len(new["compared with"]) == 64
+    statement = json.loads((tmp_path / "out/attestation.json").read_text())
+    assert "inputs.json" in {entry["name"] for entry in statement["predicate"]["evidence"]}
+
+
+def test_a_comparison_with_another_search_is_warned_of(tried, tmp_path):
+    tried(output=str(tmp_path / "old"))
+    _, said = tried(compare=str(tmp_path / "old/results.json"), budget=BREAKING)
+    assert "another budget" in said

@@ -30,7 +30,7 @@ class Figure:
 
     @property
     def value(self) -> float:
-        return round(self.figure.rate if isinstance(self.figure, Rate) else self.figure.mean, 4)
+        return float(f"{self.figure.rate if isinstance(self.figure, Rate) else self.figure.mean:.4g}")
 
     @property
     def text(self) -> str:
@@ -68,11 +68,11 @@ def figures(results: GateResults, recipe: Recipe) -> list[Figure]:
     return found
 
 
-def eval_results(results: GateResults, policy: ReleasePolicy, recipe: Recipe) -> str:
+def eval_results(verdict: Verdict, results: GateResults, policy: ReleasePolicy, recipe: Recipe) -> str:
     """YAML for `.eval_results/` of a model repository."""
     entries = [
         EvalResultEntry(dataset_id=f.dataset, task_id=f.task, value=f.value,
-                        notes=f"{f.text}; {_conditions(results, policy)}")
+                        notes=f"{f.text}; the gate {WORDS[verdict.outcome]}; {_conditions(results, policy)}")
         for f in figures(results, recipe)
     ]  # fmt: skip
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)

@@ -60,6 +60,14 @@ def run(policy: ReleasePolicy, recipe: Recipe, reference: ModelSection, compare:
     from harden.report.verdict import WORDS, verdict_table
 
     earlier = read_finished(Path(compare), GateResults) if compare else None
+    if compare and (before := Path(compare).with_name("policy.json")).is_file():
+        budget = read_finished(before, ReleasePolicy).budget
+        if budget != policy.budget and processes.is_main():
+            print(
+                f"harden: warning: {compare} was measured with another budget: what differs may be the search, and not "
+                "the model",
+                file=sys.stderr,
+            )
     with _deadline(policy.max_minutes):
         verdict = gate(policy, recipe, reference, earlier)
     if processes.is_main():
@@ -124,7 +132,10 @@ def _deadline(minutes: float | None) -> Iterator[None]:
     try:
         yield
     except _TimeOver:
-        raise MeasurementError(f"the {minutes:g} minutes of the policy are over before it could be decided") from None
+        raise MeasurementError(
+            f"the {minutes:g} minutes of the policy are over before it could be decided; the same command goes on "
+            "where it was, for as long again"
+        ) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -51,9 +51,9 @@ def gate(
     folder = RunFolder(recipe)
     splits = _splits(policy, recipe)
     processes.use_all_cores()
-    begun = processes.from_main(lambda: _begun(policy, recipe, reference, splits))
+    begun = processes.from_main(lambda: _begun(policy, recipe, reference, splits, earlier))
     folder.create()
-    _check_begun(folder, begun, compares=earlier is not None)
+    _check_begun(folder, begun)
     surroundings = folder.stage("environment", dict[str, Any], lambda: _environment(recipe))
     divergence = None
     if policy.thresholds.benign_kl is not None and reference is not None:
@@ -75,16 +75,20 @@ def gate(
     certify_too = policy.thresholds.missed_breakers is not None and not failed(suite)
     found = results(suite, certify(recipe) if certify_too else None)
     verdict = decide(found, policy, regressions(found, earlier) if earlier else ())
-    if processes.from_main(lambda: _begun(policy, recipe, reference, splits)) != begun:
+    if processes.from_main(lambda: _begun(policy, recipe, reference, splits, earlier)) != begun:
         raise MeasurementError("the files of the model, or of its reference, changed while they were measured")
     if processes.is_main():
-        _write(folder.path, policy, recipe, begun["model"], surroundings, found, verdict)
+        _write(folder.path, policy, recipe, begun, surroundings, found, verdict)
     processes.wait()
     return verdict
 
 
 def _begun(
-    policy: ReleasePolicy, recipe: Recipe, reference: ModelSection | None, splits: Mapping[Split, PromptSet]
+    policy: ReleasePolicy,
+    recipe: Recipe,
+    reference: ModelSection | None,
+    splits: Mapping[Split, PromptSet],
+    earlier: GateResults | None,
 ) -> dict[str, Any]:
     """All that a verdict is about. Raises HardenError for what cannot be gated."""
     files = subject_files(recipe.model.name, recipe.model.adapter)
@@ -100,22 +104,18 @@ def _begun(
         "reference": compared,
         "policy": policy.model_dump(mode="json"),
         "prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+        "compared with": hashlib.sha256(earlier.model_dump_json().encode()).hexdigest() if earlier else None,
         "harden": f"{__version__}, judge {RULES}",
     }
 
 
-def _check_begun(folder: RunFolder, begun: dict[str, Any], compares: bool) -> None:
-    """Raises HardenError if the folder was begun with anything else, or does not say with what.
-
-    compares: whether there are earlier results, since attacks then meet all prompts.
-    """
+def _check_begun(folder: RunFolder, begun: dict[str, Any]) -> None:
+    """Raises HardenError if the folder was begun with anything else, or does not say with what."""
     measured = [name for name in ("attack", "certificate") if (folder.path / name).exists()]
     if measured and not (folder.state / "begun.json").exists():
         raise HardenError(f"{folder.path} has {measured[0]}/ and no record of what it is about; give another --output")
     before = folder.stage("begun", dict[str, Any], lambda: begun)
     changed = [name for name in begun if before.get(name) != begun[name]]
-    if folder.stage("compares", bool, lambda: compares) != compares:
-        changed.append("--compare")
     if changed:
         raise HardenError(
             f"{folder.path} holds the gate of other things: changed since: {', '.join(changed)}; give another --output"
@@ -159,7 +159,7 @@ def _write(
     path: Path,
     policy: ReleasePolicy,
     recipe: Recipe,
-    files: Mapping[str, str],
+    begun: Mapping[str, Any],
     surroundings: Mapping[str, Any],
     results: GateResults,
     verdict: Verdict,
@@ -170,6 +170,7 @@ def _write(
     recipes = {"suite": recipe, "certificate": recipe}
     records = RunRecords(path.name, recipes, None, suite, results.certificate, results, verdict)
     texts = {
+        "inputs.json": json.dumps(begun, indent=1) + "\n",
         "policy.json": policy.model_dump_json(indent=1) + "\n",
         "results.json": results.model_dump_json(indent=1) + "\n",
         "samples.jsonl": samples_jsonl(suite),
@@ -178,11 +179,11 @@ def _write(
         "README.md": summary(verdict, policy, recipe),
         "report.html": report([records]).html,
         "model-card.md": model_card_section(verdict, results, policy, recipe),
-        "eval_results.yaml": eval_results(results, policy, recipe),
+        "eval_results.yaml": eval_results(verdict, results, policy, recipe),
         "verdict.json": verdict.model_dump_json(indent=1) + "\n",
     }
     evidence = {**texts, "recipe.yaml": (path / "recipe.yaml").read_text(encoding="utf-8")}
     for old in ("verdict.json", ATTESTATION, *SIGNATURES):  # while anything is missing there is no verdict
         (path / old).unlink(missing_ok=True)
-    for name, text in {ATTESTATION: statement(verdict, files, evidence), **texts}.items():
+    for name, text in {ATTESTATION: statement(verdict, begun["model"], evidence), **texts}.items():
         write_atomically(path / name, text)

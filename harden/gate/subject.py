@@ -50,6 +50,8 @@ def _digests(label: str, name: str) -> dict[str, str]:
         raise HardenError(f"{label} '{name}': {folder} holds no weights (.safetensors, .bin or .gguf)")
     if label == "model" and "config.json" not in visible:
         raise HardenError(f"model '{name}': {folder} has no config.json; an adapter alone is given by --adapter")
+    if label == "adapter" and "adapter_config.json" not in visible:
+        raise HardenError(f"adapter '{name}': {folder} has no adapter_config.json")
     try:
         for file, path in visible.items():
             if file.endswith(".index.json"):
