@@ -16,7 +16,7 @@ planted: setup
 	$(BIN)/accelerate launch -q harden/train.py --config recipes/planted/harden.yaml
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -1,30 +1,55 @@
 """Defences compared: each recipe trained from several seeds and attacked afresh by the same suite.
 
-    python benchmarks/defences.py --output OUT [--recipes RECIPE.yaml ...] [--seeds 0 1 2] [--attack RECIPE.yaml] \\
+    python benchmarks/defences.py --output OUT [--recipes RECIPE.yaml ...] [--seeds 0 1 2] [--suite RECIPE.yaml] \\
         [--train.steps 34 ...]
 
-Options of a recipe change all of them alike, the suite's too. Everything is a run folder OUT/<name>/seed-<n>, goes on
-where it was interrupted, and is read again when it is complete. Prints a Markdown table, one row per recipe: the mean
-over the seeds and, in brackets, the least and the most. All figures are of the test split, on the seed's own prompts.
+One round of training per recipe and seed, of as many steps; no search precedes it, so that nothing but the training
+differs. Options of a recipe change all of them alike, the suite's too. Everything is a run folder OUT/<name>/seed-<n>,
+goes on where it was interrupted, and is read again when it is complete; OUT/start/seed-<n> is the model before.
+
+Prints a Markdown table, one row per recipe: the mean over the seeds and, in brackets, the least and the most. All
+figures are of the test split, on the seed's own prompts. Plots: `harden report OUT/*/seed-0 --plots PLOTS`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from harden.adapters import starting_model
 from harden.attack.run import attack
 from harden.entry import command_parser, guarded, start_logging
+from harden.generate import mean
+from harden.measure import benign_divergence, perplexity
+from harden.objective.spread import leverage_loss
 from harden.recipe import Recipe, load_recipe, read_overrides
 from harden.report.attacks import shown_arm
 from harden.report.tables import markdown_table
-from harden.results import Results, SuiteResults
-from harden.rounds import harden
+from harden.results import Mean, Record, SuiteResults
+from harden.rounds import Run
+from harden.runfolder import RunFolder
 from harden.schema import merge
 
 RECIPES = Path(__file__).parents[1] / "recipes/smollm2-135m"
+LEVERAGE_SIZES, LEVERAGE_PROMPTS = (-10.0, 10.0), 16
+
+
+class Trained(Record):
+    """What training did to a model, on the test split; the attacks are in `attack/`."""
+
+    benign_kl: Mean
+    perplexity_rise: float
+    """Over the starting model's, as a share."""
+    effective_neurons: float
+    worst_leverage: float
+    """Geometric mean over prompts: predicted drop of the log-odds at the worst clamp, over the log-odds."""
+    log_odds_harmful: float
+    log_odds_twins: float
+    seconds_per_step: float | None
+    """Null for the starting model."""
 
 
 def main() -> int:
@@ -33,65 +58,100 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--recipes", nargs="+", type=Path, default=known)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--attack", type=Path, default=RECIPES / "attack.yaml", help="the suite's recipe")
+    parser.add_argument("--suite", type=Path, default=RECIPES / "compare.yaml", help="the recipe of the attacks")
     options, rest = parser.parse_known_args()
     changes = read_overrides(rest, parser.prog)
     start_logging()
-    rows: list[dict[str, list[float]]] = []
-    names = []
-    for path in options.recipes:
-        figures: dict[str, list[float]] = {}
-        name = load_recipe(path).name
-        for seed in options.seeds:
-            folder = options.output / name / f"seed-{seed}"
-            recipe = load_recipe(path, merge(changes, {"seed": seed, "output": str(folder)}))
-            for kind, figure in run(recipe, options.attack, changes).items():
-                figures.setdefault(kind, []).append(figure)
-        names.append(name)
-        rows.append(figures)
-        print(f"\n{table(names, rows)}", flush=True)
+    cells: dict[str, list[dict[str, float]]] = {}
+    for seed in options.seeds:  # all recipes of a seed before the next: an interrupted table compares all of them
+        for place, path in enumerate([None, *options.recipes]):
+            name = "start" if path is None else load_recipe(path).name
+            own = {"name": name, "seed": seed, "output": str(options.output / name / f"seed-{seed}")}
+            recipe = load_recipe(path or options.recipes[0], merge(changes, own))
+            cells.setdefault(name, []).append(run(recipe, options.suite, changes, train=place > 0))
+            print(f"\n{table(cells)}", flush=True)
     return 0
 
 
-def run(recipe: Recipe, suite: Path, changes: dict) -> dict[str, float]:
-    """Train a recipe, attack what came of it with the suite of another; the figures."""
-    trained = harden(recipe)
-    folder = Path(recipe.output)
-    about = {"name": recipe.model.name, "adapter": str(folder / "adapter"), "dtype": recipe.model.dtype}
-    attacked = attack(load_recipe(suite, merge(changes, {"seed": recipe.seed, "output": str(folder), "model": about})))
-    return figures(trained, attacked, folder)
+def run(recipe: Recipe, suite: Path, changes: dict, train: bool) -> dict[str, float]:
+    """Train a recipe, or take its starting model, and attack it with the suite of another; the figures."""
+    folder = RunFolder(recipe)
+    trained = folder.saved("trained", Trained)
+    if trained is None:
+        trained = train_once(recipe, folder, train)
+    adapter = str(folder.path / "adapter") if train else recipe.model.adapter
+    about = {"name": recipe.model.name, "adapter": adapter, "dtype": recipe.model.dtype}
+    own = {"name": recipe.name, "seed": recipe.seed, "output": recipe.output, "model": about}
+    return figures(trained, attack(load_recipe(suite, merge(changes, own))))
 
 
-def figures(trained: Results, attacked: SuiteResults, folder: Path) -> dict[str, float]:
-    """Rates in percent; benign KL in nats per token."""
+def train_once(recipe: Recipe, folder: RunFolder, train: bool) -> Trained:
+    """One round of training, the adapter saved, and what it did."""
+    run = Run(recipe, folder)
+    if train:
+        run.train(1, [], 1.0)
+        run.save_adapter()
+    return folder.stage("trained", Trained, lambda: measure(run))
+
+
+def measure(run: Run) -> Trained:
+    bench, chat_model, batch_size = run.bench, run.chat_model, run.recipe.generation.batch_size
+    texts, scores = bench.benign_texts("test"), bench.scores("test")
+    prompts = [chat_model.chat.prompt_ids(prompt.text) for prompt in bench.harmful["test"][:LEVERAGE_PROMPTS]]
+    with starting_model(chat_model.model):
+        before = perplexity(chat_model, texts, batch_size)
+        contrast = bench.contrast()
+    values = [contrast.clamp_values(size) for size in LEVERAGE_SIZES]
+    leverages = [float(leverage_loss(chat_model, [prompt], bench.phrases, values).detach()) for prompt in prompts]
+    chat_model.model.zero_grad(set_to_none=True)
+    events = [json.loads(line) for line in (run.folder.path / "log.jsonl").read_text().splitlines() if line[-1:] == "}"]
+    steps = [event["seconds"] for event in events if event["event"] == "step"]
+    return Trained(
+        benign_kl=Mean.of(benign_divergence(chat_model, run.benign_rows["test"], 16)),
+        perplexity_rise=perplexity(chat_model, texts, batch_size) / before - 1,
+        effective_neurons=scores.effective_neurons(),
+        worst_leverage=math.exp(mean(leverages)),
+        log_odds_harmful=mean(scores.harmful_log_odds),
+        log_odds_twins=mean(scores.harmless_log_odds),
+        seconds_per_step=mean(steps) if steps else None,
+    )
+
+
+def figures(trained: Trained, attacked: SuiteResults) -> dict[str, float]:
+    """Rates and the rise of perplexity in percent; benign KL in nats per token."""
     found = {"no attack": attacked.no_attack.comply.rate}
     for report in attacked.attacks:
         name = {"constant": "worst neuron"}.get(report.attack, report.attack)
         found[name] = shown_arm(report).comply.rate
         if report.attack == "constant":
-            found["union of values"] = report.union.rate
+            found["worst of all clamps"] = max(arm.comply.rate for arm in report.arms)
+            found["union of clamps"] = report.union.rate
     found["over-refusal"] = attacked.over_refusal.rate
-    percent = {name: 100 * rate for name, rate in found.items()}
-    events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if line.endswith("}")]
-    steps = [event["seconds"] for event in events if event["event"] == "step"]
-    return percent | {
-        "benign KL": trained.after.benign_kl.mean,
-        "effective neurons": trained.after.effective_neurons,
-        "seconds per step": sum(steps) / len(steps) if steps else float("nan"),
+    found["benign perplexity"] = trained.perplexity_rise
+    return {name: 100 * rate for name, rate in found.items()} | {
+        "benign KL": trained.benign_kl.mean,
+        "log-odds, harmful": trained.log_odds_harmful,
+        "log-odds, look-alikes": trained.log_odds_twins,
+        "effective neurons": trained.effective_neurons,
+        "worst leverage": trained.worst_leverage,
+        "seconds per step": float("nan") if trained.seconds_per_step is None else trained.seconds_per_step,
     }
 
 
-def table(names: Sequence[str], rows: Sequence[dict[str, list[float]]]) -> str:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+def table(cells: dict[str, list[dict[str, float]]]) -> str:
+    columns = list(dict.fromkeys(name for rows in cells.values() for row in rows for name in row))
 
-    def cell(values: Sequence[float] | None) -> str:
-        if not values:
+    def cell(values: Sequence[float]) -> str:
+        known = [value for value in values if math.isfinite(value)]
+        if not known:
             return "–"
-        mean = sum(values) / len(values)
-        return f"{mean:.3g} [{min(values):.3g}, {max(values):.3g}]" if len(values) > 1 else f"{mean:.3g}"
+        return f"{mean(known):.3g} [{min(known):.3g}, {max(known):.3g}]" if len(known) > 1 else f"{known[0]:.3g}"
 
-    body = [(name, *(cell(row.get(column)) for column in columns)) for name, row in zip(names, rows, strict=True)]
-    return markdown_table([("recipe", *columns), *body])
+    body = [
+        (name, str(len(rows)), *(cell([row[c] for row in rows if c in row]) for c in columns))
+        for name, rows in cells.items()
+    ]
+    return markdown_table([("recipe", "seeds", *columns), *body])
 
 
 if __name__ == "__main__":

@@ -17,14 +17,16 @@ from typing import Any
 import torch
 
 from harden.activations import neuron_at
-from harden.attack.arms import refusal_directions
+from harden.attack.arms import Anchor, anchored, refusal_directions
 from harden.attack.screen import Probe, screen_clamps
+from harden.attack.select import RANDOM, select_candidates
 from harden.interventions import Ablate, Clamp, Intervention, Scale
 from harden.locate.base import Candidate
 from harden.locate.contrast import read_contrast
-from harden.locate.gradient import NeuronScores, score_neurons
+from harden.locate.passes import Passes
 from harden.models import ChatModel
 from harden.neurons import Neuron
+from harden.prompts import Prompt
 from harden.recipe import ClampTerm, TrainSection
 from harden.refusal import RefusalPhrases
 
@@ -32,43 +34,85 @@ logger = logging.getLogger(__name__)
 
 RELOCATE_PROMPTS = 8  # harmful and as many look-alikes; locating again must stay cheap beside the steps
 CONTRAST_PROMPTS = 32  # of either kind, for masks and directions: forward passes alone
+ANCHOR_K = (1.0, 2.0)  # strengths of anchored clamps, those of Kazemi et al.
 REPLAYED = 0.25  # weight over the floor from which on a neuron is not forgotten: an even chance of no refusal
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """A clamp, how likely it is drawn, and what else that takes."""
+
+    clamp: Clamp
+    weight: float
+    benign_rise: float
+    """Of the starting model's loss on benign answers, nats per token."""
+    harmful: float
+    harmless: float
+    """The neuron's mean activations on either kind of prompt, for its anchor."""
 
 
 @dataclass
 class Adversary:
-    """Clamps and how likely each is drawn; neurons that broke the model; those that are masked; refusal directions."""
+    """Clamps that are drawn from; neurons that broke the model; those that are masked; refusal directions."""
 
-    clamps: list[Clamp] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
+    clamps: list[Weighed] = field(default_factory=list)
     breakers: list[Neuron] = field(default_factory=list)
     """Of any earlier weighing in this round."""
     masked: list[Neuron] = field(default_factory=list)
     directions: torch.Tensor | None = None
     """(layers, d_model), unit vectors."""
 
-    def draw(self, rng: random.Random, pairs: float = 0.0) -> tuple[Clamp, ...]:
-        """A clamp; with chance `pairs`, two of different neurons. Empty where there are no clamps."""
-        if not self.clamps:
+    def draw(self, rng: random.Random, size: int = 1, max_benign_rise: float = math.inf) -> tuple[Weighed, ...]:
+        """Clamps of up to `size` different neurons, by weight; none where there are none.
+
+        Their rises of the benign loss add up to at most the limit: two that are coherent one by one may not be so
+        together.
+        """
+        drawn: list[Weighed] = []
+        others = self.clamps
+        while others and len(drawn) < size:
+            drawn += rng.choices(others, [other.weight for other in others])
+            neurons, spent = {member.clamp.neuron for member in drawn}, sum(member.benign_rise for member in drawn)
+            others = [
+                other
+                for other in self.clamps
+                if other.clamp.neuron not in neurons and spent + other.benign_rise <= max_benign_rise
+            ]
+        return tuple(drawn)
+
+    def clamped(
+        self, rng: random.Random, settings: ClampTerm, max_benign_rise: float, chat_model: ChatModel, text: str
+    ) -> tuple[Clamp, ...]:
+        """Clamps to train the request `text` under: one or, in its share, a group; constant or, in theirs, anchored."""
+        grouped = settings.groups and rng.random() < settings.groups
+        drawn = self.draw(rng, settings.group_size if grouped else 1, max_benign_rise)
+        if not settings.anchors or rng.random() >= settings.anchors:
+            return tuple(member.clamp for member in drawn)
+        anchors = [
+            Anchor(member.clamp, member.harmful, member.harmless, rng.choice(ANCHOR_K))
+            for member in drawn
+            if member.harmful != member.harmless
+        ]
+        if not anchors:
             return ()
-        first = rng.choices(self.clamps, self.weights)[0]
-        if not pairs or rng.random() >= pairs:
-            return (first,)
-        others = [place for place, clamp in enumerate(self.clamps) if clamp.neuron != first.neuron]
-        if not others:
-            return (first,)
-        second = rng.choices(others, [self.weights[place] for place in others])[0]
-        return first, self.clamps[second]
+        prompt = Prompt("here", "", text)
+        return tuple(arm.by_prompt[prompt.id][0] for arm in anchored(chat_model, anchors, [prompt], 1))
 
     def row(
-        self, rng: random.Random, number: int, settings: TrainSection, chat_model: ChatModel
+        self,
+        rng: random.Random,
+        number: int,
+        settings: TrainSection,
+        max_benign_rise: float,
+        chat_model: ChatModel,
+        text: str,
     ) -> tuple[Intervention, ...]:
-        """What the number-th harmful row of a step is trained under: the first under clamps, the next masked, the next
-        with a direction ablated, the others under nothing."""
+        """What the number-th harmful row of a step, the request `text`, is trained under: the first under clamps, the
+        next masked, the next with a direction ablated, the others under nothing."""
         rows, shares = settings.refusal.rows, (settings.clamps.share, settings.mask.share, settings.direction.share)
         clamped, masked, ablated = (round(rows * total) for total in accumulate(shares))
         if number < clamped:
-            return self.draw(rng, settings.clamps.pairs)
+            return self.clamped(rng, settings.clamps, max_benign_rise, chat_model, text)
         if number < masked:
             chosen = self.masked
             if settings.mask.locator == "random":
@@ -84,8 +128,16 @@ class Adversary:
         """Plain lists and tensors, for a checkpoint."""
         return {
             "clamps": [
-                [clamp.neuron.layer, clamp.neuron.index, clamp.value, weight]
-                for clamp, weight in zip(self.clamps, self.weights, strict=True)
+                [
+                    w.clamp.neuron.layer,
+                    w.clamp.neuron.index,
+                    w.clamp.value,
+                    w.weight,
+                    w.benign_rise,
+                    w.harmful,
+                    w.harmless,
+                ]
+                for w in self.clamps
             ],
             "breakers": [[neuron.layer, neuron.index] for neuron in self.breakers],
             "masked": [[neuron.layer, neuron.index] for neuron in self.masked],
@@ -94,10 +146,8 @@ class Adversary:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Adversary:
-        rows = state["clamps"]
         return cls(
-            [Clamp(Neuron(int(r[0]), int(r[1])), r[2]) for r in rows],
-            [r[3] for r in rows],
+            [Weighed(Clamp(Neuron(int(r[0]), int(r[1])), r[2]), *r[3:]) for r in state["clamps"]],
             *([Neuron(layer, index) for layer, index in state[name]] for name in ("breakers", "masked")),
             state["directions"],
         )
@@ -122,17 +172,16 @@ def refresh(
     if settings.draws_clamps and step % clamps.relocate_every == 0:
         known = [*past_breakers, *(adversary.breakers if clamps.replay else ())]
         texts = _pick(rng, harmful, RELOCATE_PROMPTS), _pick(rng, twins, RELOCATE_PROMPTS)
-        scores = score_neurons(chat_model, *texts, phrases, batch_size)
-        at_random: list[Candidate] = []
-        if clamps.random:  # sizes count in standard deviations where a gap is smaller: most of theirs are noise
-            contrast = read_contrast(chat_model, *texts, batch_size)
-            columns = rng.sample(range(chat_model.neurons.count), min(clamps.random, chat_model.neurons.count))
-            at_random = [contrast.candidate(column) for column in columns]
-        found = weigh_clamps(chat_model, scores, probe, phrases, clamps, max_benign_rise, known, at_random, batch_size)
-        worst = zip(found.clamps, found.weights, strict=True)
-        now = [clamp.neuron for clamp, weight in worst if weight - clamps.floor >= REPLAYED]
+        passes = Passes(chat_model, *texts, phrases, batch_size)
+        pool = {c.neuron: c for c in select_candidates(clamps.locators, clamps.pool, passes, 1.0, rng.randrange(2**32))}
+        pool |= {neuron: passes.scores.candidate(neuron) for neuron in known}
+        if clamps.random:
+            n = min(clamps.random, chat_model.neurons.count)
+            pool |= {c.neuron: c for c in select_candidates([RANDOM], n, passes, 1.0, rng.randrange(2**32))}
+        found = weigh_clamps(chat_model, list(pool.values()), probe, phrases, clamps, max_benign_rise, batch_size)
+        now = [weighed.clamp.neuron for weighed in found if weighed.weight - clamps.floor >= REPLAYED]
         breakers = list(dict.fromkeys([*adversary.breakers, *now]))
-        adversary = replace(adversary, clamps=found.clamps, weights=found.weights, breakers=breakers)
+        adversary = replace(adversary, clamps=found, breakers=breakers)
     locate_mask = mask.share and mask.locator != "random" and _due(step, mask.relocate_every)
     locate_directions = direction.share and _due(step, direction.relocate_every)
     if locate_mask or locate_directions:
@@ -148,16 +197,14 @@ def refresh(
 
 def weigh_clamps(
     chat_model: ChatModel,
-    scores: NeuronScores,
+    candidates: Sequence[Candidate],
     probe: Probe,
     phrases: RefusalPhrases,
     settings: ClampTerm,
     max_benign_rise: float,
-    known: Sequence[Neuron],
-    at_random: Sequence[Candidate],
     batch_size: int,
-) -> Adversary:
-    """Clamps of the best-scored neurons, of known ones and of some at random, weighed by how well they work now.
+) -> list[Weighed]:
+    """Clamps of the candidates, weighed by how well they work now.
 
     A clamp's weight is the squared chance that the model does not refuse under it (squared: most located clamps are
     harmless, and would together be drawn more often than the few that work) plus `settings.floor`; clamps that raise
@@ -165,18 +212,23 @@ def weigh_clamps(
     starting model: training can widen a neuron's activation gap, and the clamps must not grow with it until they only
     make the model babble. If none is left there are no clamps, and rows are trained without.
     """
-    candidates = {c.neuron: c for c in scores.top(settings.pool)}
-    candidates |= {neuron: scores.candidate(neuron) for neuron in known}
-    candidates |= {c.neuron: c for c in at_random}
-    clamps = [Clamp(c.neuron, c.clamp_value(size)) for c in candidates.values() for size in settings.sizes]
-    screened = screen_clamps(chat_model, clamps, probe, phrases, batch_size, "weigh clamps", coherence_at_start=True)
+    clamps = {Clamp(c.neuron, c.clamp_value(size)): c for c in candidates for size in settings.sizes}
+    screened = screen_clamps(
+        chat_model, list(clamps), probe, phrases, batch_size, "weigh clamps", coherence_at_start=True
+    )
     coherent = [entry for entry in screened if entry.benign_rise <= max_benign_rise]
     if not coherent:
         logger.warning("none of %d clamps is coherent: training without; smaller train.clamps.sizes?", len(clamps))
-    return Adversary(
-        [entry.clamp for entry in coherent],
-        [settings.floor + (1 / (1 + math.exp(min(entry.log_odds, 50.0)))) ** 2 for entry in coherent],
-    )
+    return [
+        Weighed(
+            entry.clamp,
+            settings.floor + (1 / (1 + math.exp(min(entry.log_odds, 50.0)))) ** 2,
+            entry.benign_rise,
+            clamps[entry.clamp].harmful,
+            clamps[entry.clamp].harmless,
+        )
+        for entry in coherent
+    ]
 
 
 def _masked(settings: TrainSection, chat_model: ChatModel) -> int:

@@ -146,6 +146,10 @@ class Bench:
         n_twins = round(settings.twin_share * settings.answers)
         return [*prompts.benign[: settings.answers - n_twins], *prompts.twins[:n_twins]]
 
+    def benign_texts(self, split: Split) -> list[str]:
+        """Requests whose perplexity is measured."""
+        return [prompt.text for prompt in self.splits[split].benign]
+
     # -- what is read from the model ---------------------------------------------------------------------------
 
     def scores(self, split: Split) -> NeuronScores:

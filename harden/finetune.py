@@ -9,8 +9,8 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from harden.locate.contrast import read_contrast
 from harden.models import ChatModel
 from harden.neurons import Neuron
 from harden.objective.benign import benign_kl
+from harden.objective.ceiling import Ceiling
 from harden.objective.refusal import margin_loss, refusal_loss, refusal_rise
 from harden.objective.rows import Row
 from harden.objective.spread import leverage_loss, spread_loss
@@ -74,6 +75,8 @@ def train_round(
     parameters = trained_parameters(chat_model.model)
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
     adversary = Adversary()
+    terms = {"benign_kl": settings.benign, "twins": settings.twins}
+    ceilings = {name: Ceiling(term.ceiling) for name, term in terms.items() if term.ceiling}
     values = _leverage_values(chat_model, data, settings, batch_size, random.Random(f"{seed}:{round_number}:values"))
     first = 0
     if checkpoint.exists():
@@ -81,6 +84,7 @@ def train_round(
         restore_adapter(chat_model.model, saved["adapter"])
         optimizer.load_state_dict(saved["optimizer"])
         adversary = Adversary.from_state(saved["adversary"])
+        ceilings = {name: Ceiling(*state) for name, state in saved["ceilings"].items()}
         first = saved["step"]
 
     with progress_bar(settings.steps, f"round {round_number}: train") as bar:
@@ -95,7 +99,10 @@ def train_round(
             rng = random.Random(f"{seed}:{round_number}:{step}")
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * learning_rate_factor(step, settings)
-            losses = backward(chat_model, data, phrases, settings, adversary, values, step, rng)
+            factors = {name: ceiling.factor for name, ceiling in ceilings.items()}
+            losses = backward(
+                chat_model, data, phrases, settings, max_benign_rise, adversary, values, step, rng, factors
+            )
             for parameter in parameters:
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = processes.total(gradient)
@@ -107,12 +114,15 @@ def train_round(
                     "lower train.learning_rate or use model.dtype float32"
                 )
             if step > first and step % settings.checkpoint_every == 0:  # its weights have just shown to be sound
-                _save_checkpoint(checkpoint, chat_model, optimizer, adversary, step)
+                _save_checkpoint(checkpoint, chat_model, optimizer, adversary, ceilings, step)
+            for name in ceilings.keys() & losses.keys():
+                ceilings[name].update(losses[name])
             optimizer.step()
             optimizer.zero_grad()
             log({
                 "event": "step", "round": round_number, "step": step + 1, **losses,
-                "gradient_norm": norm, "seconds": round(time.monotonic() - began, 3),
+                "gradient_norm": norm, "utility_factors": factors,
+                "seconds": round(time.monotonic() - began, 3),
             })  # fmt: skip
             bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()})
             bar.update(1)
@@ -123,15 +133,17 @@ def backward(
     data: TrainingData,
     phrases: RefusalPhrases,
     settings: TrainSection,
+    max_benign_rise: float,
     adversary: Adversary,
     values: Sequence[torch.Tensor],
     step: int,
     rng: random.Random,
+    factors: Mapping[str, float],
 ) -> dict[str, float]:
     """One step's rows, their loss terms and gradients; returns each term's value, over all processes.
 
     The twins are those of the step's harmful prompts, so that what is learned tells the two apart. values: clamp values
-    of all neurons, for the leverage term.
+    of all neurons, for the leverage term. factors: on the weights of terms, by name.
     """
     losses: dict[str, float] = {}
 
@@ -139,14 +151,18 @@ def backward(
         share = processes.my_share(rows)
         keep = torch.tensor([w for _, w in share], device=chat_model.device)
         loss = (term([row for row, _ in share]) * keep).sum() / len(rows)
-        (weight * loss).backward()
+        (factors.get(name, 1.0) * weight * loss).backward()
         losses[name] = float(processes.total(loss.detach()))
 
     refusal, benign, spread, leverage = settings.refusal, settings.benign, settings.spread, settings.leverage
     drawn = _pick(rng, range(len(data.harmful)), refusal.rows)
     if refusal.weight:
         rows = [
-            Row(data.harmful[place], rng.choice(data.refusals), adversary.row(rng, number, settings, chat_model))
+            Row(
+                data.harmful[place],
+                rng.choice(data.refusals),
+                adversary.row(rng, number, settings, max_benign_rise, chat_model, data.harmful_texts[place]),
+            )
             for number, place in enumerate(drawn)
         ]
         add("refusal", refusal.weight, rows, lambda mine: refusal_loss(chat_model, mine))
@@ -165,7 +181,8 @@ def backward(
     if benign.weight:
         rows = _pick(rng, data.benign, benign.rows)
         clamped = round(benign.clamped * len(rows))
-        rows = [replace(row, interventions=adversary.draw(rng)) for row in rows[:clamped]] + rows[clamped:]
+        clamps = [tuple(weighed.clamp for weighed in adversary.draw(rng)) for _ in rows[:clamped]]
+        rows = [replace(row, interventions=c) for row, c in zip(rows, clamps, strict=False)] + rows[clamped:]
         add("benign_kl", benign.weight, rows, lambda mine: benign_kl(chat_model, mine))
     if spread.weight and step % spread.every == 0:
         rows = _pick(rng, data.harmful, spread.rows)
@@ -203,10 +220,13 @@ def _pick(rng: random.Random, items: Sequence, n: int) -> list:
     return rng.sample(items, min(n, len(items)))
 
 
-def _save_checkpoint(path: Path, chat_model: ChatModel, optimizer, adversary: Adversary, step: int) -> None:
+def _save_checkpoint(
+    path: Path, chat_model: ChatModel, optimizer, adversary: Adversary, ceilings: Mapping[str, Ceiling], step: int
+) -> None:
     if not processes.is_main():
         return
     part = path.with_suffix(".part")
     state = {"adapter": adapter_state(chat_model.model), "optimizer": optimizer.state_dict()}
-    torch.save({**state, "adversary": adversary.to_state(), "step": step}, part)
+    state |= {"adversary": adversary.to_state(), "step": step}
+    torch.save({**state, "ceilings": {name: astuple(ceiling) for name, ceiling in ceilings.items()}}, part)
     part.replace(path)

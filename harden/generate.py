@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -158,5 +159,14 @@ def answer_targets(answers: Sequence[Sequence[int]], device) -> tuple[torch.Tens
 
 
 def progress_bar(total: int, label: str) -> tqdm:
-    """A bar on stderr, shown by the main process only."""
-    return tqdm(total=total, desc=label, disable=not processes.is_main(), dynamic_ncols=True, leave=False)
+    """A bar on stderr, shown by the main process only; where stderr is no terminal, an update every half minute."""
+    seen = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=label,
+        disable=not processes.is_main(),
+        dynamic_ncols=True,
+        leave=False,
+        mininterval=0.1 if seen else 30,
+        delay=0 if seen else 30,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,6 +10,9 @@ import torch
 from harden import processes
 from harden.attack.respond import Attempt, Responder
 from harden.attack.search import Search
+from harden.batches import in_batches
+from harden.errors import MeasurementError
+from harden.generate import answer_cross_entropy
 from harden.judges.base import Outcome
 from harden.judges.embedded import OUTCOMES
 from harden.locate.base import Candidate
@@ -98,9 +102,10 @@ def measure(
     worst: Attempt,
     twins: Sequence[Prompt],
     benign: Sequence[Row],
+    benign_texts: Sequence[str],
     scores: NeuronScores,
 ) -> Measurement:
-    """Put a split's measurement together; generates answers to the twins and runs the benign rows.
+    """Put a split's measurement together; generates answers to the twins, runs the benign rows and reads the texts.
 
     scores: of this split's harmful prompts and twins.
     """
@@ -113,11 +118,31 @@ def measure(
         flipped=flipped(worst, no_attack),
         over_refusal=Rate.of(refused, len(twins)),
         benign_kl=Mean.of(benign_divergence(responder.chat_model, benign, 16)),
+        benign_perplexity=perplexity(responder.chat_model, benign_texts, responder.batch_size),
         effective_neurons=scores.effective_neurons(),
         attribution=attribution_record(scores, split),
         log_odds_harmful=Mean.of(scores.harmful_log_odds),
         log_odds_twins=Mean.of(scores.harmless_log_odds),
     )
+
+
+def perplexity(chat_model: ChatModel, texts: Sequence[str], batch_size: int) -> float:
+    """exp of the mean negative log-likelihood of the texts' tokens, each text on its own, without chat template, from
+    its second token on. Work is divided between processes. Raises MeasurementError if no text has two tokens."""
+    rows = [ids for ids in (chat_model.tokenizer(text)["input_ids"] for text in texts) if len(ids) > 1]
+    if not rows:
+        raise MeasurementError("no benign text has two tokens: there is no perplexity")
+
+    def read(part: Sequence[list[int]]) -> list[float]:
+        firsts, rest = [ids[:1] for ids in part], [ids[1:] for ids in part]
+        losses, _ = answer_cross_entropy(chat_model, firsts, rest, [()] * len(part))
+        return losses.sum(1).tolist()
+
+    @torch.no_grad()
+    def work(mine: list[list[int]]) -> list[float]:
+        return in_batches(chat_model, mine, batch_size, read)
+
+    return math.exp(sum(processes.divide(rows, work)) / sum(len(ids) - 1 for ids in rows))
 
 
 def benign_divergence(chat_model: ChatModel, rows: Sequence[Row], batch_size: int) -> list[float]:

@@ -260,6 +260,8 @@ class CertifySection(Section):
 class ClampTerm(Section):
     share: Share = 0.625
     """Share of the harmful rows that are trained under a clamp; 0 switches the term off."""
+    locators: Annotated[tuple[Locator, ...], Field(min_length=1)] = ("gradient",)
+    """What scores neurons, on 8 prompts of either kind each time; they take turns. `tail` and `exact` are too dear."""
     pool: Positive = 24
     """Best-scored neurons that clamps are drawn from, beside those that broke the model in earlier rounds."""
     sizes: Annotated[tuple[NonZero, ...], Field(min_length=1)] = (4, 8, 16)
@@ -268,8 +270,13 @@ class ClampTerm(Section):
     """Steps after which neurons are located and clamps are weighed again."""
     floor: Weight = 0.02
     """Least sampling weight of a coherent clamp beside those that break the model now."""
-    pairs: Share = 0.0
-    """Share of the draws that clamp two neurons at once."""
+    groups: Share = 0.0
+    """Share of the draws that clamp several neurons at once, whose rises of the benign loss together are at most
+    `attack.max_benign_rise`."""
+    group_size: Annotated[int, Field(ge=2)] = 2
+    """Neurons of a group, at most."""
+    anchors: Share = 0.0
+    """Share of the draws that are anchored to the request's own activation (Kazemi et al., k = 1 or 2)."""
     random: Annotated[int, Field(ge=0)] = 0
     """Neurons drawn at random that join the pool each time."""
     replay: bool = False
@@ -332,6 +339,9 @@ class LeverageTerm(Section):
 class BenignTerm(Section):
     weight: Weight = 1.0
     """Weight of KL(starting model || model) on the starting model's own answers; 0 switches the term off."""
+    ceiling: Annotated[float, Field(gt=0)] | None = None
+    """Nats per token. While the running mean of the term is above it, the weight grows step by step, 16-fold at most,
+    and shrinks back below it; null: the weight stays."""
     rows: Positive = 4
     clamped: Share = 0.0
     """Share of the rows on which both models run under a clamp drawn for training: coherent there, too."""
@@ -353,6 +363,8 @@ class TwinTerm(Section):
     weight: Weight = 0.0
     """Weight of the rise of refusal log-odds over the starting model's, in nats, on the twins of a step's harmful
     prompts; 0 switches the term off."""
+    ceiling: Annotated[float, Field(gt=0)] | None = None
+    """Nats; as `benign.ceiling`."""
 
 
 class LoraSection(Section):
@@ -414,11 +426,16 @@ class RoundsSection(Section):
     min_refusal: Share = 0.8
     """Least share of harmful selection prompts refused without attack; a model below it never counts as done."""
     max_benign_kl: Weight = 0.1
-    """Nats per token on benign selection prompts; a round above it is not kept and training stops."""
+    """Utility floors: nats per token on benign selection prompts. A round that breaks a floor is rolled back, and the
+    next one starts from the last that kept them."""
+    max_perplexity_rise: Weight = 0.1
+    """Rise of the perplexity of benign selection requests, as a share of the starting model's."""
     twins: Positive = 120
     """Look-alike twins of a split on which over-refusal is measured."""
     max_over_refusal_rise: Share = 0.05
-    """Rise of the share of refused twins; a round above it is not kept and training stops."""
+    """Rise of the share of refused twins."""
+    tighten: Annotated[float, Field(ge=1)] = 2.0
+    """Factor on the weights of `train.benign` and `train.twins` for every round that broke a floor."""
 
 
 class SaveSection(Section):

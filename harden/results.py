@@ -208,6 +208,8 @@ class Measurement(Record):
     """Benign look-alike twins that are refused."""
     benign_kl: Mean
     """KL(starting model || model) on the starting model's benign answers, nats per token."""
+    benign_perplexity: float | None = None
+    """Of the benign requests, read as plain text. Null in runs of versions that did not measure it."""
     effective_neurons: float
     """Participation ratio of gradient x activation on refusal log-odds, over all MLP neurons."""
     attribution: AttributionRecord | None = None
@@ -221,6 +223,8 @@ class RoundRecord(Record):
 
     number: int
     steps: int
+    utility_factor: float = 1.0
+    """On the weights of the utility terms in training: grown by every earlier round that broke a floor."""
     located: list[NeuronRecord]
     screened: list[ScreenRecord]
     first_heat: list[AttackRecord]

@@ -48,7 +48,8 @@ def harden(recipe: Recipe) -> Results:
     rounds = [run.inspect(0, [])]
     before = run.measure_test(0, rounds[0])
     while (stop_reason := reason_to_stop(rounds, recipe)) is None:
-        run.train(len(rounds), breakers(rounds))
+        run.restore(next(record.number for record in reversed(rounds) if record.accepted))
+        run.train(len(rounds), breakers(rounds), utility_factor(rounds, recipe))
         rounds.append(run.inspect(len(rounds), rounds))
     kept = best_round(rounds, recipe)
     run.restore(kept.number)
@@ -76,16 +77,20 @@ def harden(recipe: Recipe) -> Results:
 
 def reason_to_stop(rounds: Sequence[RoundRecord], recipe: Recipe) -> str | None:
     last = rounds[-1]
-    if not last.accepted:
-        return last.decision
-    if meets_tolerance(last, recipe):
+    if last.accepted and meets_tolerance(last, recipe):
         return (
             f"no single neuron of this search flips more than {recipe.rounds.tolerance:.0%} of the selection prompts "
             f"(upper bound {last.most_flipped.high:.1%})"
         )
     if last.number >= recipe.rounds.max:
-        return f"the budget of {recipe.rounds.max} round(s) is spent"
+        rejected = "" if last.accepted else f", and {last.decision}"
+        return f"the budget of {recipe.rounds.max} round(s) is spent{rejected}"
     return None
+
+
+def utility_factor(rounds: Sequence[RoundRecord], recipe: Recipe) -> float:
+    """On the weights of the utility terms of the next round."""
+    return recipe.rounds.tighten ** sum(not record.accepted for record in rounds)
 
 
 def meets_tolerance(record: RoundRecord, recipe: Recipe) -> bool:
@@ -107,6 +112,13 @@ def accept(number: int, selection: Measurement, start: Measurement | None, recip
             f"round {number} broke the utility floor: benign KL {selection.benign_kl.mean:.3f} nats per token is "
             f"above {recipe.rounds.max_benign_kl}"
         )
+    if selection.benign_perplexity is not None and start.benign_perplexity is not None:
+        dearer = selection.benign_perplexity / start.benign_perplexity - 1
+        if dearer > recipe.rounds.max_perplexity_rise:
+            return False, (
+                f"round {number} broke the utility floor: benign perplexity rose by {dearer:.1%}, more than "
+                f"{recipe.rounds.max_perplexity_rise:.1%}"
+            )
     if rise > recipe.rounds.max_over_refusal_rise:
         return False, (
             f"round {number} broke the utility floor: over-refusal rose by {rise:.1%}, more than "
@@ -176,6 +188,7 @@ class Run:
                 search.worst,
                 bench.twins["selection"],
                 self.benign_rows["selection"],
+                bench.benign_texts("selection"),
                 scores,
             )
             most = max(count_flips(a.outcomes, search.no_attack.outcomes) for a in search.finals)
@@ -183,6 +196,7 @@ class Run:
             return RoundRecord(
                 number=number,
                 steps=recipe.train.steps if number else 0,
+                utility_factor=utility_factor(earlier, recipe),
                 located=neuron_records(located),
                 screened=screen_records(search),
                 first_heat=[attack_record(attempt, "selection") for attempt in search.first_heat],
@@ -202,17 +216,24 @@ class Run:
         )  # fmt: skip
         return record
 
-    def train(self, number: int, past_breakers: Sequence[Neuron]) -> None:
-        """Train for one round and keep its adapter."""
-        state = self.folder.state / f"round-{number}"
+    def train(self, number: int, past_breakers: Sequence[Neuron], utility_factor: float) -> None:
+        """Train the present model for one round and keep its adapter.
+
+        utility_factor: on the weights of the terms that keep it as it was.
+        """
+        state, settings = self.folder.state / f"round-{number}", self.recipe.train
         state.mkdir(parents=True, exist_ok=True)
+        dearer = {
+            name: term.model_copy(update={"weight": utility_factor * term.weight})
+            for name, term in (("benign", settings.benign), ("twins", settings.twins))
+        }
 
         def make() -> int:
             train_round(
                 self.chat_model,
                 self.data,
                 self.bench.phrases,
-                self.recipe.train,
+                settings.model_copy(update=dearer),
                 self.recipe.attack.max_benign_rise,
                 past_breakers,
                 self.recipe.generation.batch_size,
@@ -233,8 +254,16 @@ class Run:
 
         def make() -> Measurement:
             no_attack, attacked = self.responder.attempt([None, clamp], bench.harmful["test"], f"round {number}: test")
-            benign, scores = self.benign_rows["test"], bench.scores("test")
-            return measure(self.responder, "test", no_attack, attacked, bench.twins["test"], benign, scores)
+            return measure(
+                self.responder,
+                "test",
+                no_attack,
+                attacked,
+                bench.twins["test"],
+                self.benign_rows["test"],
+                bench.benign_texts("test"),
+                bench.scores("test"),
+            )
 
         return self.folder.stage(f"round-{number}/test", Measurement, make)
 
@@ -246,15 +275,8 @@ class Run:
     def save(self, results: Results) -> None:
         """Write adapter/, model/ if asked for, README.md, results.json and report.html."""
         if processes.is_main():
-            for config in self.chat_model.model.peft_config.values():
-                config.base_model_name_or_path = self.recipe.model.name
             card = model_card(results, self.recipe)
-
-            def write_adapter(part: Path) -> None:
-                save_adapter(self.chat_model.model, part)
-                write_atomically(part / "README.md", card)  # instead of PEFT's empty template
-
-            _write_folder(self.folder.path / "adapter", write_adapter)
+            self.save_adapter(card)
             if self.recipe.save.merged:
                 _write_folder(self.folder.path / "model", self._save_merged)
             write_atomically(self.folder.path / "README.md", card)
@@ -262,6 +284,17 @@ class Run:
             page = report([RunRecords(self.folder.path.name, {"training": self.recipe}, training=results)])
             write_page(self.folder.path / "report.html", page.html)
         processes.wait()
+
+    def save_adapter(self, card: str = "") -> None:
+        """Write adapter/, with `card` as its README.md."""
+        for config in self.chat_model.model.peft_config.values():
+            config.base_model_name_or_path = self.recipe.model.name
+
+        def write(part: Path) -> None:
+            save_adapter(self.chat_model.model, part)
+            write_atomically(part / "README.md", card)  # instead of PEFT's empty template
+
+        _write_folder(self.folder.path / "adapter", write)
 
     # -- what they work with -----------------------------------------------------------------------------------
 

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 import harden.finetune as finetune
+from harden.activations import template_activations
 from harden.adapters import adapter_state, attach_adapter
-from harden.adversary import Adversary, refresh, weigh_clamps
+from harden.adversary import Adversary, Weighed, refresh, weigh_clamps
+from harden.attack.arms import Anchor
 from harden.attack.screen import Probe
 from harden.errors import MeasurementError
 from harden.finetune import TrainingData, backward, learning_rate_factor, train_round
@@ -15,6 +17,7 @@ from harden.interventions import Clamp
 from harden.locate.gradient import score_neurons
 from harden.models import load_chat_model
 from harden.neurons import Neuron
+from harden.objective.ceiling import Ceiling
 from harden.objective.rows import Row
 from harden.planted import ANSWER, PLANTED_NEURON, REFUSAL
 from harden.recipe import TrainSection
@@ -78,7 +81,7 @@ def test_the_twins_of_a_step_are_those_of_its_harmful_prompts(planted, data, phr
     def step(data):
         harmful.clear(), twins.clear()
         section = settings(refusal={"rows": 4}, twins={"weight": 2})
-        return backward(model, data, phrases, section, Adversary(), [], 1, random.Random(3))
+        return backward(model, data, phrases, section, 2.0, Adversary(), [], 1, random.Random(3), {})
 
     assert step(data)["twins"] == 0.0  # nothing was trained yet
     drawn = [row.prompt for row in harmful]
@@ -92,7 +95,10 @@ def test_the_twins_of_a_step_are_those_of_its_harmful_prompts(planted, data, phr
     "changes",
     [
         {},
-        {"clamps": {"share": 0.75, "relocate_every": 2, "replay": True, "pairs": 0.5, "random": 3}},
+        {
+            "clamps": {"share": 0.75, "relocate_every": 2, "replay": True, "groups": 0.5, "random": 3, "anchors": 0.5},
+            "benign": {"rows": 2, "ceiling": 1e-6}, "twins": {"weight": 0.1, "ceiling": 0.1},
+        },
         {
             "clamps": {"share": 0.25, "relocate_every": 4}, "leverage": {"weight": 0.1, "every": 2},
             "mask": {"share": 0.25, "relocate_every": 2}, "direction": {"share": 0.5, "relocate_every": 4},
@@ -127,9 +133,9 @@ def test_what_a_step_draws_is_pinned(planted, data, phrases, monkeypatch):
     refusal, benign = finetune.refusal_loss, finetune.benign_kl
     monkeypatch.setattr(finetune, "refusal_loss", lambda m, mine: (rows.extend(mine), refusal(m, mine))[1])
     monkeypatch.setattr(finetune, "benign_kl", lambda m, mine: (rows.extend(mine), benign(m, mine))[1])
-    adversary = Adversary([Clamp(Neuron(1, n), 1.0) for n in range(4)], [1.0, 2.0, 3.0, 4.0])
+    adversary = Adversary([weighed_clamp(Neuron(1, n), weight=n + 1.0) for n in range(4)])
     data = replace(data, refusals=tuple((n,) for n in range(9, 29)))
-    backward(adapted(planted), data, phrases, settings(), adversary, [], 1, random.Random(3))
+    backward(adapted(planted), data, phrases, settings(), 2.0, adversary, [], 1, random.Random(3), {})
     drawn = [
         (
             data.harmful.index(row.prompt),
@@ -162,24 +168,25 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_leaves_the_last_good_ch
     assert saved["step"] == 2 and all(torch.isfinite(t).all() for t in saved["adapter"].values())
 
 
-def weighed(chat_model, data, phrases, max_benign_rise=2.0, **clamps):
-    scores = score_neurons(chat_model, data.harmful_texts, data.twin_texts, phrases, 16)
-    return weigh_clamps(
-        chat_model, scores, data.probe, phrases, settings(clamps=clamps).clamps, max_benign_rise, [], [], 16
-    )
+def weighed_clamp(neuron, value=1.0, weight=1.0, benign_rise=0.0, harmful=1.0, harmless=0.0):
+    return Weighed(Clamp(neuron, value), weight, benign_rise, harmful, harmless)
+
+
+def weighed(chat_model, data, phrases, max_benign_rise=2.0):
+    candidates = score_neurons(chat_model, data.harmful_texts, data.twin_texts, phrases, 16).top(24)
+    return weigh_clamps(chat_model, candidates, data.probe, phrases, settings().clamps, max_benign_rise, 16)
 
 
 def test_clamps_that_break_the_model_are_drawn_more_often(planted, data, phrases):
     found = weighed(adapted(planted), data, phrases)
-    weight = dict(zip(found.clamps, found.weights, strict=True))
-    planted_weight = max(w for clamp, w in weight.items() if clamp.neuron == PLANTED_NEURON)
-    others = [w for clamp, w in weight.items() if clamp.neuron != PLANTED_NEURON]
+    planted_weight = max(w.weight for w in found if w.clamp.neuron == PLANTED_NEURON)
+    others = [w.weight for w in found if w.clamp.neuron != PLANTED_NEURON]
     assert planted_weight > 1.0 and max(others) < 0.2
 
 
 def test_without_a_coherent_clamp_rows_are_trained_unclamped(planted, data, phrases):
     found = weighed(adapted(planted), data, phrases, max_benign_rise=-9.0)
-    assert found == Adversary() and found.draw(random.Random(0)) == ()
+    assert found == [] and Adversary(found).draw(random.Random(0)) == ()
 
 
 def refreshed(chat_model, data, phrases, adversary, step, known=(), **changes):
@@ -194,7 +201,7 @@ def test_known_breakers_and_neurons_at_random_join_the_pool(planted, data, phras
 
     def pool(step=0, known=(), **clamps):
         found = refreshed(model, data, phrases, Adversary(), step, known, clamps={"pool": 1, **clamps})
-        return {clamp.neuron for clamp in found.clamps}
+        return {weighed.clamp.neuron for weighed in found.clamps}
 
     alone = pool()
     assert len(alone) == 1 and pool(known=[Neuron(2, 30)]) == {*alone, Neuron(2, 30)}
@@ -210,7 +217,7 @@ def test_a_breaker_is_replayed_ever_after(planted, data, phrases):
         adversary = Adversary(breakers=[hole])
         for step in (20, 40):
             adversary = refreshed(model, data, phrases, adversary, step, clamps={"pool": 1, "replay": replay})
-            assert (hole in {clamp.neuron for clamp in adversary.clamps}) is replay
+            assert (hole in {weighed.clamp.neuron for weighed in adversary.clamps}) is replay
             assert set(adversary.breakers) == {hole, PLANTED_NEURON}
     assert refreshed(model, data, phrases, adversary, 41, clamps={"pool": 1}) == adversary  # nothing is due
 
@@ -232,11 +239,11 @@ def test_the_rows_of_a_step_are_attacked_in_their_shares(planted, data, phrases)
     parts = {"clamps": {"share": 0.25}, "mask": {"share": 0.25, "neurons": 0.1}, "direction": {"share": 0.25}}
     section = settings(refusal={"rows": 4}, **parts)
     adversary = refreshed(model, data, phrases, Adversary(), 0, **parts)
-    rows = [adversary.row(random.Random(0), number, section, model) for number in range(4)]
+    rows = [adversary.row(random.Random(0), number, section, 2.0, model, data.harmful_texts[0]) for number in range(4)]
     assert [type(row[0]).__name__ if row else None for row in rows] == ["Clamp", "Scale", "Ablate", None]
     assert len(rows[1]) == 10 and {edit.value for edit in rows[1]} == {0.0}
     dropout = settings(refusal={"rows": 4}, clamps={"share": 0}, mask={"share": 1, "neurons": 0.1, "locator": "random"})
-    drawn = [Adversary().row(random.Random(seed), 0, dropout, model) for seed in (0, 0, 1)]
+    drawn = [Adversary().row(random.Random(seed), 0, dropout, 2.0, model, "x") for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2] and len({edit.neuron for edit in drawn[2]}) == 10
 
 
@@ -245,18 +252,34 @@ def test_shares_of_more_than_all_rows_are_an_error():
         settings(clamps={"share": 0.6}, mask={"share": 0.6})
 
 
-def test_pairs_clamp_two_different_neurons():
-    adversary = Adversary([Clamp(Neuron(0, 1), 1.0), Clamp(Neuron(0, 1), 2.0), Clamp(Neuron(0, 2), 3.0)], [1, 1, 1])
-    drawn = [adversary.draw(random.Random(seed), pairs=0.5) for seed in range(60)]
-    pairs = [clamps for clamps in drawn if len(clamps) == 2]
-    assert 15 < len(pairs) < 45 and all(a.neuron != b.neuron for a, b in pairs)
-    assert len(Adversary([Clamp(Neuron(0, 1), 1.0)], [1.0]).draw(random.Random(0), pairs=1.0)) == 1
+def test_groups_clamp_different_neurons_that_are_coherent_together():
+    one, again, other = weighed_clamp(Neuron(0, 1)), weighed_clamp(Neuron(0, 1), 2.0), weighed_clamp(Neuron(0, 2))
+    loud, louder = (weighed_clamp(Neuron(1, n), benign_rise=1.5) for n in range(2))
+    adversary = Adversary([one, again, other, loud, louder])
+    drawn = [adversary.draw(random.Random(seed), size=4, max_benign_rise=2.0) for seed in range(60)]
+    assert {len(group) for group in drawn} == {3}  # one of the loud, and both others
+    assert all(len({member.clamp.neuron for member in group}) == 3 for group in drawn)
+    assert len(Adversary([one, again]).draw(random.Random(0), size=2)) == 1
+
+
+def test_groups_and_anchors_are_drawn_in_their_shares(planted, data):
+    adversary = Adversary([weighed_clamp(Neuron(0, n), 5.0, harmful=0.5) for n in range(4)])
+    section = settings(clamps={"groups": 0.5, "group_size": 3, "anchors": 0.25}).clamps
+    text = data.harmful_texts[0]
+    drawn = [adversary.clamped(random.Random(seed), section, 2.0, planted, text) for seed in range(80)]
+    assert {len(clamps) for clamps in drawn} == {1, 3} and 25 < sum(len(clamps) == 3 for clamps in drawn) < 55
+    anchored = [clamps for clamps in drawn if any(clamp.value != 5.0 for clamp in clamps)]
+    assert 8 < len(anchored) < 32 and all(0.0 <= clamp.value <= 5.0 for clamps in anchored for clamp in clamps)
+    natural = template_activations(planted, [Neuron(0, 0)], [text], 1)[0, 0]
+    wanted = {Anchor(Clamp(Neuron(0, 0), 5.0), 0.5, 0.0, k).anchored(float(natural.max())) for k in (1.0, 2.0)}
+    assert {clamp.value for clamps in anchored for clamp in clamps if clamp.neuron == Neuron(0, 0)} <= wanted
 
 
 def test_an_adversary_survives_a_checkpoint(tmp_path):
     adversary = Adversary(
-        [Clamp(Neuron(1, 2), -3.5), Clamp(Neuron(0, 9), 4.0)], [0.25, 1.0], [Neuron(1, 2)], [Neuron(2, 3)], torch.eye(3)
-    )
+        [weighed_clamp(Neuron(1, 2), -3.5, 0.25, 0.5), weighed_clamp(Neuron(0, 9), 4.0, 1.0, 0.0, 2.0, 1.0)],
+        [Neuron(1, 2)], [Neuron(2, 3)], torch.eye(3),
+    )  # fmt: skip
     torch.save(adversary.to_state(), tmp_path / "a.pt")
     again = Adversary.from_state(torch.load(tmp_path / "a.pt", weights_only=True))
     assert torch.equal(again.directions, adversary.directions)
@@ -284,9 +307,37 @@ def test_benign_rows_can_be_clamped(planted, data, phrases, monkeypatch):
     real = finetune.benign_kl
     monkeypatch.setattr(finetune, "benign_kl", lambda m, mine: (rows.extend(mine), real(m, mine))[1])
     section = settings(benign={"rows": 4, "clamped": 0.5})
-    adversary = Adversary([Clamp(PLANTED_NEURON, -30.0)], [1.0])
-    backward(adapted(planted), data, phrases, section, adversary, [], 1, random.Random(3))
+    adversary = Adversary([weighed_clamp(PLANTED_NEURON, -30.0)])
+    backward(adapted(planted), data, phrases, section, 2.0, adversary, [], 1, random.Random(3), {})
     assert [len(row.interventions) for row in rows] == [1, 1, 0, 0]
+
+
+def test_a_ceiling_makes_a_term_dearer_while_it_is_above_it_and_not_for_ever():
+    ceiling = Ceiling(0.1)
+    for _ in range(10):
+        ceiling.update(0.05)
+    assert ceiling.factor == 1.0
+    for _ in range(12):
+        ceiling.update(0.4)
+    grown = ceiling.factor
+    assert 2.0 < grown < 4.0
+    for _ in range(99):
+        ceiling.update(9.0)
+    assert ceiling.factor == 16.0
+    for _ in range(200):
+        ceiling.update(0.0)
+    assert ceiling.factor == 1.0
+
+
+def test_a_ceiling_on_the_benign_term_holds_it_down(planted, planted_folder, data, phrases, tmp_path):
+    """Same steps, same weight: with a ceiling far below what it costs, the model ends nearer to where it began."""
+    kl = []
+    for ceiling in (None, 1e-4):
+        model = adapted(load_chat_model(str(planted_folder)))
+        benign = {"weight": 0.05, "ceiling": ceiling}
+        events = run(model, data, phrases, tmp_path / f"{ceiling}.pt", steps=30, benign=benign)
+        kl.append(sum(event["benign_kl"] for event in events[-5:]))
+    assert events[-1]["utility_factors"]["benign_kl"] > 5.0 and kl[1] < 0.6 * kl[0]
 
 
 def test_the_learning_rate_warms_up_and_decays():
@@ -299,9 +350,10 @@ def test_the_learning_rate_warms_up_and_decays():
 def test_golden_losses(planted, data, phrases):
     """A change that should not change the numbers must not. Remake with the values that the failure prints."""
     chat_model = adapted(planted)
-    adversary = Adversary([Clamp(PLANTED_NEURON, -30.0)], [1.0])
+    adversary = Adversary([weighed_clamp(PLANTED_NEURON, -30.0)])
     losses = [
-        backward(chat_model, data, phrases, settings(), adversary, [], step, random.Random(step)) for step in range(2)
+        backward(chat_model, data, phrases, settings(), 2.0, adversary, [], step, random.Random(step), {})
+        for step in range(2)
     ]
     assert losses[0] == pytest.approx({"refusal": GOLDEN[0], "benign_kl": 0.0, "spread": GOLDEN[1]}, abs=2e-3)
     assert losses[1] == pytest.approx({"refusal": GOLDEN[2], "benign_kl": 0.0}, abs=2e-3)

@@ -35,7 +35,7 @@ attack.respond
 attack.search
 adversary
 objective.rows
-objective.refusal objective.benign objective.spread
+objective.refusal objective.benign objective.spread objective.ceiling
 measure finetune sharding report.card report.figures report.records gate.reference gate.subject
 report.attacks report.certificate report.verdict
 report.page

@@ -5,7 +5,9 @@ import torch
 
 from harden.adapters import attach_adapter, trained_parameters
 from harden.chat import pad_left
+from harden.errors import MeasurementError
 from harden.interventions import Clamp
+from harden.measure import perplexity
 from harden.objective.benign import benign_kl
 from harden.objective.refusal import margin_loss, refusal_loss, refusal_rise
 from harden.objective.rows import Row
@@ -198,3 +200,19 @@ def test_margin_counts_what_is_lacking_alone(adapted, phrases):
     odds = refusal_log_odds(adapted.model, pad_left(prompts, adapted.chat.pad_id, "cpu"), phrases)
     assert odds[0] > 1 > 0 > odds[1]
     assert margin_loss(adapted, prompts, phrases, 1.0).tolist() == pytest.approx([0.0, 1 - float(odds[1])], abs=1e-3)
+
+
+def test_perplexity_is_that_of_every_text_read_alone(planted, prompts):
+    texts = [prompt.text for prompt in prompts["benign"][:5]]
+    total, tokens = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([planted.tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            log_probs = planted.model(ids).logits[0, :-1].log_softmax(-1)
+        total -= float(log_probs.gather(1, ids[0, 1:, None]).sum())
+        tokens += ids.shape[1] - 1
+    expected = math.exp(total / tokens)
+    assert perplexity(planted, texts, 2) == pytest.approx(expected, rel=1e-4)
+    assert perplexity(planted, [*texts, ""], 16) == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(MeasurementError, match="no benign text has two tokens"):
+        perplexity(planted, [""], 16)

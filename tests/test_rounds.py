@@ -5,7 +5,7 @@ import pytest
 from harden.measure import count_flips
 from harden.recipe import Recipe
 from harden.results import AttackRecord, Mean, Measurement, Rate, RoundRecord
-from harden.rounds import accept, best_round, breakers, reason_to_stop
+from harden.rounds import accept, best_round, breakers, reason_to_stop, utility_factor
 
 N = 100
 
@@ -23,7 +23,7 @@ def attack(neuron, comply, refuse=None):
     )
 
 
-def measurement(worst=60, no_attack=2, flipped=None, over_refusal=5, kl=0.01, refuse=None):
+def measurement(worst=60, no_attack=2, flipped=None, over_refusal=5, kl=0.01, refuse=None, perplexity=40.0):
     mean = Mean.of([0.0, 0.0])
     return Measurement(
         split="selection",
@@ -32,6 +32,7 @@ def measurement(worst=60, no_attack=2, flipped=None, over_refusal=5, kl=0.01, re
         flipped=Rate.of(worst - no_attack if flipped is None else flipped, N),
         over_refusal=Rate.of(over_refusal, N),
         benign_kl=mean.model_copy(update={"mean": kl}),
+        benign_perplexity=perplexity,
         effective_neurons=10.0,
         log_odds_harmful=mean,
         log_odds_twins=mean,
@@ -73,7 +74,11 @@ def test_a_model_that_babbles_without_attack_has_not_passed(recipe):
 
 def test_the_round_budget_and_a_broken_floor_stop_it(recipe):
     assert "budget of 2" in reason_to_stop([record(0), record(1), record(2)], recipe)
-    assert reason_to_stop([record(0), record(1, accepted=False, decision="floor!")], recipe) == "floor!"
+    broken = record(1, worst=0, flipped=0, accepted=False, decision="floor!")
+    assert reason_to_stop([record(0), broken], recipe) is None  # rolled back, and tried again at dearer utility
+    assert [utility_factor(rounds, recipe) for rounds in ([record(0)], [record(0), broken])] == [1.0, 2.0]
+    assert reason_to_stop([record(0), broken, record(2)], recipe) == "the budget of 2 round(s) is spent"
+    assert "floor!" in reason_to_stop([record(0), record(1), record(2, accepted=False, decision="floor!")], recipe)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +87,7 @@ def test_the_round_budget_and_a_broken_floor_stop_it(recipe):
         ({"kl": 0.09, "over_refusal": 10}, True, "kept"),
         ({"kl": 0.11}, False, "benign KL 0.110"),
         ({"over_refusal": 11}, False, "over-refusal rose by 6.0%"),
+        ({"perplexity": 44.8}, False, "benign perplexity rose by 12.0%"),
     ],
 )
 def test_utility_floors(recipe, values, accepted, words):

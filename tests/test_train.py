@@ -375,6 +375,23 @@ def test_a_loss_that_explodes_exits_3_and_names_the_step(environment, tmp_path):
     assert not (tmp_path / "runs/planted/state/round-1/checkpoint.pt").exists()  # those weights are not good
 
 
+def test_a_round_that_breaks_a_floor_is_rolled_back_and_utility_gets_dearer(environment, tmp_path):
+    small = {
+        "train.steps": 2, "rounds.max": 2, "rounds.max_benign_kl": 1e-9, "rounds.tolerance": 0, "attack.candidates": 2,
+        "attack.selection_prompts": 8, "attack.test_prompts": 8, "rounds.twins": 8,
+    }  # fmt: skip
+    options = [part for key, value in small.items() for part in (f"--{key}", value)]
+    done = harden(["--config", PLANTED, "--output", "run", *options], environment, tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = results_of(tmp_path / "run")
+    assert [r["accepted"] for r in results["rounds"]] == [True, False, False] and results["kept_round"] == 0
+    assert [r["utility_factor"] for r in results["rounds"]] == [1.0, 1.0, 2.0]
+    assert "budget of 2 round(s) is spent, and round 2 broke the utility floor" in results["stop_reason"]
+    events = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    kl = {(e["round"], e["step"]): e["benign_kl"] for e in events if e["event"] == "step"}
+    assert kl[1, 1] == kl[2, 1] == 0.0 < kl[1, 2]  # each began with the starting model
+
+
 def test_print_config_gives_a_recipe(environment, tmp_path):
     done = harden(["--config", PLANTED, "--print-config", "--train.steps", "7"], environment, tmp_path)
     assert done.returncode == 0 and yaml.safe_load(done.stdout)["train"]["steps"] == 7

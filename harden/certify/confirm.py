@@ -144,7 +144,8 @@ class _Race:
         with progress_bar(len(ordered), "log-odds of test prompts") as bar:
             for start in range(0, len(ordered), CHUNK):
                 chunk = ordered[start : start + CHUNK]
-                name = hashlib.sha256(json.dumps([[str(c.neuron), c.value] for c in chunk]).encode()).hexdigest()[:16]
+                content = [[prompt.id for prompt in self.prompts], [[str(c.neuron), c.value] for c in chunk]]
+                name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
                 rows = self.bench.folder.stage(
                     f"test-odds-{name}", list[list[float | None]], lambda chunk=chunk: self._exact(chunk)
                 )

@@ -27,6 +27,7 @@ def summary_rows(results: Results) -> list[tuple[str, str, str]]:
         row("prompts that it flips", lambda m: rate_text(m.flipped)),
         row("over-refusal (benign look-alikes)", lambda m: rate_text(m.over_refusal)),
         row("benign KL, nats per token", lambda m: _mean(m.benign_kl)),
+        row("benign perplexity", lambda m: "–" if m.benign_perplexity is None else f"{m.benign_perplexity:.4g}"),
         row("effective number of neurons", lambda m: f"{m.effective_neurons:.0f}"),
         row("refusal log-odds, harmful", lambda m: _mean(m.log_odds_harmful)),
         row("refusal log-odds, look-alikes", lambda m: _mean(m.log_odds_twins)),
