@@ -2,6 +2,11 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a model hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if hasattr(os, "sched_setaffinity") and (worker := os.environ.get("PYTEST_XDIST_WORKER")):
+    # one core each, for commands that are started too: threads of several workers that spin on the same cores made
+    # the tests ten times slower
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 from pathlib import Path
 
