@@ -22,9 +22,12 @@ def sharded() -> bool:
 def use_all_cores() -> None:
     """Divide the cores between the processes of this machine when running on a CPU.
 
-    `accelerate launch` sets OMP_NUM_THREADS=1 where nothing else is asked for; any other value is respected.
+    OMP_NUM_THREADS is respected, but for a 1 under `accelerate launch` or torchrun, which set it themselves where
+    nothing else is asked for.
     """
-    if state().device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+    threads = os.environ.get("OMP_NUM_THREADS")
+    launched = not {"ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"}.isdisjoint(os.environ)
+    if state().device.type == "cpu" and (threads is None or (threads == "1" and launched)):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local = int(os.environ.get("LOCAL_WORLD_SIZE", count()))
         torch.set_num_threads(max(1, cores // local))
