@@ -43,6 +43,7 @@ def main() -> int:
     parser.add_argument("--truth", type=Path, required=True, help="output folder of the exact scan")
     known = [name for name in LOCATORS if name != "exact"]
     parser.add_argument("--locators", nargs="*", default=known, choices=known)
+    parser.add_argument("--unions", nargs="*", default=[], help="further unions to attack with: tail,relp ...")
     parser.add_argument("--generate", type=int, default=60, help="clamps that generate; 0: none")
     parser.add_argument("--prompts", type=int, default=40, help="test prompts they generate on")
     recipe, options = parse_recipe(parser, sys.argv[1:])
@@ -52,7 +53,8 @@ def main() -> int:
         raise HardenError(f"{options.truth} is no truth: clamps were decided on {certificate.race_prompts} prompts")
     scans = read_scans(options.truth)
     bench = Bench(recipe, RunFolder(recipe, "locators"), training=False)
-    recall(bench, options.locators, certificate, scans)
+    unions = [list(recipe.attack.locators), *(union.split(",") for union in options.unions)]
+    recall(bench, options.locators, unions, certificate, scans)
     if options.generate:
         screen(bench, scans, options.generate, options.prompts, Path(recipe.output))
     return 0
@@ -69,33 +71,38 @@ def lowest(scan: NeuronScan) -> float:
     return min((odds for odds in scan.log_odds if odds is not None), default=math.inf)
 
 
-def recall(bench: Bench, locators: list[str], certificate: Certificate, scans: dict[Neuron, NeuronScan]) -> None:
-    """Table: one row per locator, and one for the union of those that the recipe attacks with."""
+def recall(
+    bench: Bench,
+    locators: list[str],
+    unions: list[list[str]],
+    certificate: Certificate,
+    scans: dict[Neuron, NeuronScan],
+) -> None:
+    """Table: one row per locator and union. A union takes turns among all neurons that the recipe lets it search, as an
+    attack does; its first 20, 100 and 500 are counted among those of the scanned layers, as for a locator."""
     truth = sorted(scans, key=lambda neuron: lowest(scans[neuron]))[:TOP]
     breakers = [Neuron.parse(neuron) for neuron in certificate.breakers]
     widths = list(bench.chat_model.neurons.widths)
     passes = bench.passes()
     print(f"{len(scans)} neurons of layers {certificate.layers}; {len(breakers)} break the model by generation\n")
-    print(f"| locator | {' | '.join(f'top {TOP} in its {n}' for n in BUDGETS)} | breakers in its {BUDGETS[-1]} |")
-    print("| --- |" + " --- |" * (len(BUDGETS) + 1))
+    heads = [f"{what} in its {n}" for what in (f"top {TOP}", "breakers") for n in BUDGETS]
+    print(f"| locator | {' | '.join(heads)} |")
+    print("| --- |" + " --- |" * len(heads))
 
     def show(name: str, ranking: list[Neuron]) -> None:
         found = [len(set(truth) & set(ranking[:n])) / len(truth) for n in BUDGETS]
-        broken = len(set(breakers) & set(ranking[: BUDGETS[-1]]))
-        cells = [*(f"{share:.2f}" for share in found), f"{broken}/{len(breakers)}"]
+        broken = [len(set(breakers) & set(ranking[:n])) for n in BUDGETS]
+        cells = [*(f"{share:.2f}" for share in found), *(f"{count}/{len(breakers)}" for count in broken)]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
     for name in locators:
         scores = LOCATORS[name](passes).split(widths)
         places = [(-float(scores[n.layer][n.index]), n) for n in scans]
         show(name, [neuron for _, neuron in sorted(places)])
-    attack = bench.recipe.attack
     share, seed = bench.recipe.locate.layer_share, bench.recipe.seed
-    everything = select_candidates(
-        attack.locators, bench.chat_model.neurons.count, passes, share, seed, bench.named_neurons
-    )
-    union = [candidate.neuron for candidate in everything if candidate.neuron in scans]
-    show("union: " + ", ".join(attack.locators), union)
+    for names in unions:
+        everything = select_candidates(names, bench.chat_model.neurons.count, passes, share, seed, bench.named_neurons)
+        show("union: " + ", ".join(names), [candidate.neuron for candidate in everything if candidate.neuron in scans])
 
 
 def screen(bench: Bench, scans: dict[Neuron, NeuronScan], n: int, n_prompts: int, output: Path) -> None:
