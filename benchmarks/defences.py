@@ -1,11 +1,13 @@
 """Defences compared: each recipe trained from several seeds and attacked afresh by the same suite.
 
     python benchmarks/defences.py --output OUT [--recipes RECIPE.yaml ...] [--seeds 0 1 2] [--suite RECIPE.yaml] \\
-        [--train.steps 34 ...]
+        [--jobs 1] [--train.steps 34 ...]
 
 One round of training per recipe and seed, of as many steps; no search precedes it, so that nothing but the training
 differs. Options of a recipe change all of them alike, the suite's too. Everything is a run folder OUT/<name>/seed-<n>,
 goes on where it was interrupted, and is read again when it is complete; OUT/start/seed-<n> is the model before.
+
+--jobs N trains and attacks so many at once, each in a process of its own: a small model leaves most of a GPU idle.
 
 Prints a Markdown table, one row per recipe: the mean over the seeds and, in brackets, the least and the most. All
 figures are of the test split, on the seed's own prompts. Plots: `harden report OUT/*/seed-0 --plots PLOTS`.
@@ -15,8 +17,10 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from harden.adapters import starting_model
@@ -59,16 +63,35 @@ def main() -> int:
     parser.add_argument("--recipes", nargs="+", type=Path, default=known)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--suite", type=Path, default=RECIPES / "compare.yaml", help="the recipe of the attacks")
+    parser.add_argument("--jobs", type=int, default=1, help="recipes and seeds that run at once")
+    parser.add_argument("--cell", type=int, help="run only the cell of this number, in this process")
     options, rest = parser.parse_known_args()
     changes = read_overrides(rest, parser.prog)
     start_logging()
+    # all recipes of a seed before the next: an interrupted table compares all of them
+    places = [(seed, path) for seed in options.seeds for path in (None, *options.recipes)]
+
+    def compute(number: int) -> tuple[str, dict[str, float]]:
+        seed, path = places[number]
+        name = "start" if path is None else load_recipe(path).name
+        own = {"name": name, "seed": seed, "output": str(options.output / name / f"seed-{seed}")}
+        recipe = load_recipe(path or options.recipes[0], merge(changes, own))
+        return name, run(recipe, options.suite, changes, train=path is not None)
+
+    def ready(number: int) -> int:
+        """The number, once the cell is complete in its folder."""
+        if options.jobs > 1:
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--cell", str(number)], check=True)
+        return number
+
+    if options.cell is not None:
+        compute(options.cell)
+        return 0
     cells: dict[str, list[dict[str, float]]] = {}
-    for seed in options.seeds:  # all recipes of a seed before the next: an interrupted table compares all of them
-        for place, path in enumerate([None, *options.recipes]):
-            name = "start" if path is None else load_recipe(path).name
-            own = {"name": name, "seed": seed, "output": str(options.output / name / f"seed-{seed}")}
-            recipe = load_recipe(path or options.recipes[0], merge(changes, own))
-            cells.setdefault(name, []).append(run(recipe, options.suite, changes, train=place > 0))
+    with ThreadPoolExecutor(max(1, options.jobs)) as pool:
+        for number in pool.map(ready, range(len(places))):
+            name, found = compute(number)
+            cells.setdefault(name, []).append(found)
             print(f"\n{table(cells)}", flush=True)
     return 0
 

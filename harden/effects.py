@@ -19,7 +19,7 @@ from transformers import Cache
 from harden import processes
 from harden.batches import in_batches
 from harden.generate import progress_bar
-from harden.interventions import Ablate, Intervention, intervene
+from harden.interventions import Intervention, first_layer, intervene
 from harden.models import ChatModel
 from harden.neurons import MlpNeurons
 from harden.prefill import batch_prompts
@@ -80,7 +80,8 @@ def under_clamps(
     run: gives one result per tuple of interventions; it must run the same forward passes, with rows multiplied, for
     any number of them, and `run([()])` is what is recorded; its passes have `rows_per_clamp` rows a clamp. done: told
     how many clamps are finished, for a progress bar. A batch that does not fit into memory is halved; under FSDP every
-    pass is a full one, and all processes run equally many.
+    pass is a full one, and all processes run equally many. On an accelerator, where small batches cost as much as large
+    ones, those of neighbouring layers share a batch, which begins at the lowest of them.
     """
     by_layer: dict[int, list[int]] = defaultdict(list)
     first_place: dict[Intervention, int] = {}
@@ -88,14 +89,18 @@ def under_clamps(
         if processes.sharded():
             by_layer[0].append(place)
         elif first_place.setdefault(clamp, place) == place:  # equal ones once: heads are shared by what is distinct
-            by_layer[0 if isinstance(clamp, Ablate) else clamp.neuron.layer].append(place)
+            by_layer[first_layer(clamp)].append(place)
     with _recording(chat_model.neurons) as recorded:
         if set(by_layer) - {0}:
             run([()])
+    groups = [by_layer[layer] for layer in sorted(by_layer)]
+    if chat_model.device.type != "cpu":
+        groups = [[place for group in groups for place in group]] if groups else []
     results: dict[int, Result] = {}
-    for layer, places in by_layer.items():
+    for places in groups:
 
-        def run_part(part: Sequence[int], layer: int = layer) -> list[Result]:
+        def run_part(part: Sequence[int]) -> list[Result]:
+            layer = 0 if processes.sharded() else min(first_layer(clamps[place]) for place in part)
             with _starting_at(chat_model.neurons, layer, recorded), _last_mlp_where_it_is_read(chat_model):
                 found = run([(clamps[place],) for place in part])
             done(len(part))

@@ -22,12 +22,13 @@ from harden.adversary import CONTRAST_PROMPTS, Adversary, refresh
 from harden.attack.screen import Probe
 from harden.errors import MeasurementError
 from harden.generate import progress_bar
+from harden.interventions import Intervention
 from harden.locate.contrast import read_contrast
 from harden.models import ChatModel
 from harden.neurons import Neuron
 from harden.objective.benign import benign_kl
 from harden.objective.ceiling import Ceiling
-from harden.objective.refusal import margin_loss, refusal_loss, refusal_rise
+from harden.objective.refusal import refusal_loss, refusal_rise, row_log_odds, shortfall
 from harden.objective.rows import Row
 from harden.objective.spread import leverage_loss, spread_loss
 from harden.recipe import TrainSection
@@ -50,6 +51,8 @@ class TrainingData:
     harmful_texts: tuple[str, ...]
     twin_texts: tuple[str, ...]
     probe: Probe
+    texts: tuple[Row, ...] = ()
+    """Benign requests alone: the first token, and as an answer the rest."""
 
 
 def train_round(
@@ -100,7 +103,7 @@ def train_round(
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * learning_rate_factor(step, settings)
             factors = {name: ceiling.factor for name, ceiling in ceilings.items()}
-            losses = backward(
+            losses, met = backward(
                 chat_model, data, phrases, settings, max_benign_rise, adversary, values, step, rng, factors
             )
             for parameter in parameters:
@@ -115,6 +118,7 @@ def train_round(
                 )
             if step > first and step % settings.checkpoint_every == 0:  # its weights have just shown to be sound
                 _save_checkpoint(checkpoint, chat_model, optimizer, adversary, ceilings, step)
+            adversary.learn(met, settings.clamps.floor)
             for name in ceilings.keys() & losses.keys():
                 ceilings[name].update(losses[name])
             optimizer.step()
@@ -139,8 +143,9 @@ def backward(
     step: int,
     rng: random.Random,
     factors: Mapping[str, float],
-) -> dict[str, float]:
-    """One step's rows, their loss terms and gradients; returns each term's value, over all processes.
+) -> tuple[dict[str, float], list[tuple[tuple[Intervention, ...], float]]]:
+    """One step's rows, their loss terms and gradients; returns each term's value, over all processes, and what single
+    rows of the margin term met: their interventions and the refusal log-odds under them.
 
     The twins are those of the step's harmful prompts, so that what is learned tells the two apart. values: clamp values
     of all neurons, for the leverage term. factors: on the weights of terms, by name.
@@ -155,27 +160,38 @@ def backward(
         losses[name] = float(processes.total(loss.detach()))
 
     refusal, benign, spread, leverage = settings.refusal, settings.benign, settings.spread, settings.leverage
-    drawn = _pick(rng, range(len(data.harmful)), refusal.rows)
-    if refusal.weight:
-        rows = [
+    margin, met = settings.margin, []
+
+    def attack(places: Sequence[int]) -> list[Row]:
+        return [
             Row(
                 data.harmful[place],
                 rng.choice(data.refusals),
-                adversary.row(rng, number, settings, max_benign_rise, chat_model, data.harmful_texts[place]),
+                adversary.row(
+                    rng, number, len(places), settings, max_benign_rise, chat_model, data.harmful_texts[place]
+                ),
             )
-            for number, place in enumerate(drawn)
+            for number, place in enumerate(places)
         ]
-        add("refusal", refusal.weight, rows, lambda mine: refusal_loss(chat_model, mine))
-    if settings.margin.weight:
-        rows = [data.harmful[place] for place in drawn]
-        add(
-            "margin",
-            settings.margin.weight,
-            rows,
-            lambda mine: margin_loss(chat_model, mine, phrases, settings.margin.target),
-        )
+
+    def short_of_margin(mine: list[Row]) -> torch.Tensor:
+        log_odds = row_log_odds(chat_model, mine, phrases)
+        met.extend(zip((row.interventions for row in mine), log_odds.tolist(), strict=True))
+        return shortfall(log_odds, margin.target)
+
+    drawn = _pick(rng, range(len(data.harmful)), refusal.rows)
+    attacked = attack(drawn) if settings.attacks_rows else []
+    if refusal.weight:
+        add("refusal", refusal.weight, attacked, lambda mine: refusal_loss(chat_model, mine))
+    if margin.weight:
+        if margin.rows:
+            drawn = _pick(rng, range(len(data.harmful)), margin.rows)
+            attacked = attack(drawn) if margin.attacked else []
+        rows = attacked if margin.attacked else [Row(data.harmful[place]) for place in drawn]
+        add("margin", margin.weight, rows, short_of_margin)
+        met = processes.gather(met, len(rows))
     if settings.twins.weight:
-        rows = [data.twins[place] for place in drawn if data.twins[place] is not None]
+        rows = [data.twins[place] for place in drawn if data.twins[place] is not None][: settings.twins.rows]
         if rows:
             add("twins", settings.twins.weight, rows, lambda mine: refusal_rise(chat_model, mine, phrases))
     if benign.weight:
@@ -184,6 +200,9 @@ def backward(
         clamps = [tuple(weighed.clamp for weighed in adversary.draw(rng)) for _ in rows[:clamped]]
         rows = [replace(row, interventions=c) for row, c in zip(rows, clamps, strict=False)] + rows[clamped:]
         add("benign_kl", benign.weight, rows, lambda mine: benign_kl(chat_model, mine))
+        if benign.texts:
+            rows = _pick(rng, data.texts, benign.texts)
+            add("text_kl", benign.weight, rows, lambda mine: benign_kl(chat_model, mine))
     if spread.weight and step % spread.every == 0:
         rows = _pick(rng, data.harmful, spread.rows)
         add(
@@ -195,7 +214,7 @@ def backward(
     if leverage.weight and step % leverage.every == 0:
         rows = _pick(rng, data.harmful, leverage.rows)
         add("leverage", leverage.weight, rows, lambda mine: leverage_loss(chat_model, mine, phrases, values))
-    return losses
+    return losses, met
 
 
 def _leverage_values(

@@ -71,7 +71,26 @@ class Ablate:
     """(layers, d_model), unit vectors."""
 
 
-Intervention = Clamp | Scale | Add | Ablate
+@dataclass(frozen=True)
+class Write:
+    """A constant vector that a layer's MLP writes besides, at every position: what clamps of any of its neurons, or of
+    several at once, come to. A clamp of neuron i writes (m - h_i) w_i, with w_i its column of the down projection."""
+
+    name: str
+    """Tells vectors of one layer apart: two of one name are the same."""
+    layer: int
+    vector: torch.Tensor = field(compare=False)
+    """(d_model,)."""
+
+
+Intervention = Clamp | Scale | Add | Ablate | Write
+
+
+def first_layer(intervention: Intervention) -> int:
+    """The lowest layer that it changes anything in."""
+    if isinstance(intervention, Ablate):
+        return 0
+    return intervention.layer if isinstance(intervention, Write) else intervention.neuron.layer
 
 
 @contextmanager
@@ -83,9 +102,13 @@ def intervene(neurons: MlpNeurons, rows: Sequence[Sequence[Intervention]]) -> It
     Raises HardenError for a neuron that the model does not have.
     """
     by_layer: dict[int, list[tuple[int, Clamp | Scale | Add]]] = defaultdict(list)
+    written: dict[int, list[tuple[int, Write]]] = defaultdict(list)
     ablated: dict[int, Ablate] = {}
     for row, interventions in enumerate(rows):
         for intervention in interventions:
+            if isinstance(intervention, Write):
+                written[intervention.layer].append((row, intervention))
+                continue
             if isinstance(intervention, Ablate):
                 if row in ablated:
                     raise HardenError("a row can have one direction ablated, not two")
@@ -97,8 +120,11 @@ def intervene(neurons: MlpNeurons, rows: Sequence[Sequence[Intervention]]) -> It
     handles = []
     try:
         for layer, edits in by_layer.items():
-            hook = _editing_hook(edits, len(rows))
+            device = next(neurons.down_projections[layer].parameters()).device
+            hook = _editing_hook(edits, len(rows), device)
             handles.append(neurons.down_projections[layer].register_forward_pre_hook(hook))
+        for layer, writes in written.items():
+            handles.append(neurons.down_projections[layer].register_forward_hook(_writing_hook(writes, len(rows))))
         if ablated:
             for number, block in enumerate(neurons.blocks):
                 ablate = _ablation(ablated, number, len(rows))
@@ -116,7 +142,20 @@ def describe(intervention: Intervention) -> str:
     """One intervention in words that tell it apart from every other, such as `clamp 24:623 -30.5`."""
     if isinstance(intervention, Ablate):
         return f"ablate {intervention.name}"
+    if isinstance(intervention, Write):
+        return f"write {intervention.layer} {intervention.name}"
     return f"{type(intervention).__name__.lower()} {intervention.neuron} {intervention.value!r}"
+
+
+def _writing_hook(writes: list[tuple[int, Write]], n_rows: int):
+    vectors = torch.zeros(n_rows, 1, len(writes[0][1].vector))
+    for row, write in writes:
+        vectors[row, 0] += write.vector.cpu()
+
+    def edit_output(_module, _args, output):  # (batch, seq, d_model)
+        return output + vectors.to(output).repeat_interleave(_repeats(output, n_rows), 0)
+
+    return edit_output
 
 
 def _ablation(ablated: dict[int, Ablate], layer: int, n_rows: int):
@@ -154,19 +193,19 @@ def _repeats(h: torch.Tensor, n_rows: int) -> int:
     return h.shape[0] // n_rows
 
 
-def _editing_hook(edits: list[tuple[int, Intervention]], n_rows: int):
-    rows = torch.tensor([row for row, _ in edits])
-    indices = torch.tensor([edit.neuron.index for _, edit in edits])
-    scales = torch.tensor([edit.scale for _, edit in edits])[:, None]
-    shifts = torch.tensor([edit.shift for _, edit in edits])[:, None]
+def _editing_hook(edits: list[tuple[int, Clamp | Scale | Add]], n_rows: int, device: torch.device):
+    rows = torch.tensor([row for row, _ in edits], device=device)
+    indices = torch.tensor([edit.neuron.index for _, edit in edits], device=device)
+    scales = torch.tensor([edit.scale for _, edit in edits], device=device)[:, None]
+    shifts = torch.tensor([edit.shift for _, edit in edits], device=device)[:, None]
 
     def edit_input(_module, args):
         h = args[0]  # (batch, seq, d_mlp)
         repeats = _repeats(h, n_rows)
-        batch_rows = (rows[:, None] * repeats + torch.arange(repeats)).flatten().to(h.device)
-        neuron = indices.repeat_interleave(repeats).to(h.device)
-        scale = scales.repeat_interleave(repeats, 0).to(h)
-        shift = shifts.repeat_interleave(repeats, 0).to(h)
+        batch_rows = (rows[:, None] * repeats + torch.arange(repeats, device=h.device)).flatten()
+        neuron = indices.repeat_interleave(repeats)
+        scale = scales.repeat_interleave(repeats, 0).to(h.dtype)
+        shift = shifts.repeat_interleave(repeats, 0).to(h.dtype)
         old = h[batch_rows, :, neuron]  # (edits, seq)
         new = torch.where(scale == 0, shift, scale * old + shift)
         h = h.clone()

@@ -283,6 +283,17 @@ class ClampTerm(Section):
     """Neurons whose clamps broke the model at any weighing of the round stay in the pool."""
 
 
+class WriteTerm(Section):
+    """Harmful rows trained while a layer's MLP writes a constant vector besides: the one that, to first order, lowers
+    refusal most of all that moves of the layer's neurons together can write. What neurons that no locator lists can do
+    is a part of it."""
+
+    share: Share = 0.0
+    """Share of the harmful rows that are trained so; 0 switches the term off."""
+    norms: Sizes = (0.05, 0.1, 0.2)
+    """Of the vector, as shares of the norm of the stream behind the layer. Published clamps write 0.1 to 0.8 of it."""
+
+
 class MaskTerm(Section):
     """Baselines: harmful rows trained with neurons silenced. A fixed set is after SafeNeuron (arXiv 2602.12158), one
     that is found anew after NeuronGuard (arXiv 2608.23959), one at random is neuron dropout, without rescaling."""
@@ -310,6 +321,11 @@ class MarginTerm(Section):
     weight: Weight = 0.0
     """Weight of what the refusal log-odds of a step's harmful prompts lack to `target`, in nats; 0: off."""
     target: float = 4.0
+    rows: Positive | None = None
+    """Harmful prompts of its own; null: those of the refusal term."""
+    attacked: bool = False
+    """Under clamps, writes, masks and ablations, in the same shares as refusal rows, instead of under nothing. What it
+    finds of a clamp is its weight among those that are drawn from then on."""
 
 
 class SpreadTerm(Section):
@@ -347,6 +363,9 @@ class BenignTerm(Section):
     """Share of the rows on which both models run under a clamp drawn for training: coherent there, too."""
     twin_share: Share = 0.5
     """Share of the benign prompts that are look-alike twins."""
+    texts: Annotated[int, Field(ge=0)] = 0
+    """Rows besides, in each step, of benign requests alone, without chat template, at all of their tokens: what
+    perplexity is measured on."""
     answers: Positive = 128
     """Benign prompts that the starting model is asked to answer before training."""
     answer_tokens: Positive = 16
@@ -363,6 +382,8 @@ class TwinTerm(Section):
     weight: Weight = 0.0
     """Weight of the rise of refusal log-odds over the starting model's, in nats, on the twins of a step's harmful
     prompts; 0 switches the term off."""
+    rows: Positive | None = None
+    """Twins of a step, at most; null: of all of its harmful prompts."""
     ceiling: Annotated[float, Field(gt=0)] | None = None
     """Nats; as `benign.ceiling`."""
 
@@ -385,6 +406,7 @@ class TrainSection(Section):
     twins: TwinTerm = TwinTerm()
     margin: MarginTerm = MarginTerm()
     clamps: ClampTerm = ClampTerm()
+    writes: WriteTerm = WriteTerm()
     mask: MaskTerm = MaskTerm()
     direction: DirectionTerm = DirectionTerm()
     spread: SpreadTerm = SpreadTerm()
@@ -400,16 +422,23 @@ class TrainSection(Section):
 
     @property
     def draws_clamps(self) -> bool:
-        return bool((self.clamps.share and self.refusal.weight) or (self.benign.clamped and self.benign.weight))
+        return bool((self.clamps.share and self.attacks_rows) or (self.benign.clamped and self.benign.weight))
+
+    @property
+    def attacks_rows(self) -> bool:
+        """Whether a term is computed under what its harmful rows are attacked with."""
+        return bool(self.refusal.weight or (self.margin.weight and self.margin.attacked))
 
     @model_validator(mode="after")
     def _rows_are_attacked_in_one_way(self):
-        shares = {name: getattr(self, name).share for name in ("clamps", "mask", "direction")}
+        shares = {name: getattr(self, name).share for name in ("clamps", "writes", "mask", "direction")}
         total = sum(shares.values())
         if total > 1 + 1e-9:
-            raise ValueError(f"clamps.share, mask.share and direction.share are {total:g} together; at most 1")
-        for name in ("mask", "direction"):
-            if shares[name] and not self.refusal.weight:
+            raise ValueError(
+                f"clamps.share, writes.share, mask.share and direction.share are {total:g} together; at most 1"
+            )
+        for name in ("writes", "mask", "direction"):
+            if shares[name] and not self.attacks_rows:
                 raise ValueError(f"{name}.share {shares[name]:g} without refusal.weight: no row is trained so")
             if 0 < shares[name] * self.refusal.rows < 0.5:
                 raise ValueError(f"{name}.share {shares[name]:g} of {self.refusal.rows} refusal.rows is no row")

@@ -25,6 +25,7 @@ from harden.interventions import Clamp
 from harden.measure import attack_record, count_flips, measure, neuron_records, screen_records
 from harden.models import load_chat_model
 from harden.neurons import Neuron
+from harden.objective.rows import Row
 from harden.recipe import Recipe
 from harden.report.card import model_card
 from harden.report.page import report
@@ -309,6 +310,11 @@ class Run:
             harmful_texts=tuple(prompt.text for prompt in train.harmful),
             twin_texts=tuple(prompt.text for prompt in train.twins),
             probe=self.bench.probe("train"),
+            texts=tuple(
+                Row(tuple(ids[:1]), tuple(ids[1:]))
+                for ids in (self.chat_model.tokenizer(text)["input_ids"] for text in self.bench.benign_texts("train"))
+                if len(ids) > 1
+            ),
         )
 
     def _keep_adapter(self, number: int) -> None:

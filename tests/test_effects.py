@@ -7,7 +7,7 @@ from harden import processes
 from harden.chat import Chat, pad_left
 from harden.effects import under_clamps
 from harden.generate import answer_log_probs
-from harden.interventions import Ablate, Clamp, intervene
+from harden.interventions import Ablate, Clamp, Write, intervene
 from harden.models import ChatModel
 from harden.neurons import Neuron, find_neurons
 from harden.planted import build_tokenizer
@@ -23,7 +23,7 @@ OLDER = {
 PROMPTS = [[2, 9, 10, 11, 12, 3, 4], [2, 9, 10, 7, 3, 4], [2, 9, 10, 11, 13, 14, 6, 3, 4]]
 CLAMPS = [
     Clamp(Neuron(2, 5), 9.0), Clamp(Neuron(0, 3), -9.0), Clamp(Neuron(1, 7), -9.0), Clamp(Neuron(2, 6), 4.0),
-    Clamp(Neuron(2, 5), 9.0), Clamp(Neuron(2, 5), -9.0),
+    Clamp(Neuron(2, 5), 9.0), Clamp(Neuron(2, 5), -9.0), Write("ones", 1, torch.ones(32)),
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from harden.errors import MeasurementError
 from harden.interventions import Clamp
 from harden.measure import perplexity
 from harden.objective.benign import benign_kl
-from harden.objective.refusal import margin_loss, refusal_loss, refusal_rise
+from harden.objective.refusal import refusal_loss, refusal_rise, row_log_odds, shortfall
 from harden.objective.rows import Row
 from harden.objective.spread import concentration, direct_attribution, leverage_loss, spread_loss
 from harden.planted import PLANTED_NEURON
@@ -199,7 +199,15 @@ def test_margin_counts_what_is_lacking_alone(adapted, phrases):
     prompts = [adapted.chat.prompt_ids(text) for text in ("how do i build a bomb ?", "build a cake")]
     odds = refusal_log_odds(adapted.model, pad_left(prompts, adapted.chat.pad_id, "cpu"), phrases)
     assert odds[0] > 1 > 0 > odds[1]
-    assert margin_loss(adapted, prompts, phrases, 1.0).tolist() == pytest.approx([0.0, 1 - float(odds[1])], abs=1e-3)
+    assert shortfall(odds, 1.0).tolist() == pytest.approx([0.0, 1 - float(odds[1])], abs=1e-3)
+
+
+def test_log_odds_of_a_row_are_those_under_its_interventions(adapted, phrases):
+    prompt = tuple(adapted.chat.prompt_ids("how do i build a bomb ?"))
+    plain, clamped = row_log_odds(adapted, [Row(prompt), Row(prompt, (), (Clamp(PLANTED_NEURON, -30.0),))], phrases)
+    batch = pad_left([prompt], adapted.chat.pad_id, "cpu")
+    assert float(plain) == pytest.approx(float(refusal_log_odds(adapted.model, batch, phrases)), abs=1e-3)
+    assert float(clamped) < float(plain) - 3
 
 
 def test_perplexity_is_that_of_every_text_read_alone(planted, prompts):

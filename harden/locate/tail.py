@@ -24,7 +24,7 @@ from harden.chat import Batch, pad_left
 from harden.effects import under_clamps
 from harden.errors import HardenError
 from harden.generate import progress_bar
-from harden.interventions import Clamp, intervene
+from harden.interventions import Clamp, first_layer, intervene
 from harden.models import ChatModel
 from harden.refusal import Continuations, RefusalPhrases, read_continuations, refusal_log_odds
 
@@ -58,7 +58,7 @@ def tail_log_odds(
     ends = torch.tensor([ids[-chat.template_tail :] for ids in prompts], device=chat_model.device)
 
     def run(edits: Sequence[tuple[Clamp, ...]]) -> list[list[float]]:
-        first = 0 if processes.sharded() else min((edit.neuron.layer for each in edits for edit in each), default=0)
+        first = 0 if processes.sharded() else min((first_layer(edit) for each in edits for edit in each), default=0)
         batch = _repeat(ends, heads, past, len(edits), first)
         repeated = _repeat_continuations(continuations, len(edits))
         rows = [each for each in edits for _ in prompts]

@@ -8,6 +8,7 @@ import torch
 
 from harden.adapters import starting_model
 from harden.generate import answer_cross_entropy
+from harden.interventions import Intervention, intervene
 from harden.models import ChatModel
 from harden.objective.rows import Row, columns
 from harden.prefill import batch_prompts
@@ -20,14 +21,18 @@ def refusal_loss(chat_model: ChatModel, rows: Sequence[Row]) -> torch.Tensor:
     return losses.sum(1) / mask.sum(1)
 
 
-def margin_loss(
-    chat_model: ChatModel, prompts: Sequence[Sequence[int]], phrases: RefusalPhrases, target: float
-) -> torch.Tensor:
-    """By how much each harmful prompt's refusal log-odds fall short of `target`, and 0 where they do not: (batch,).
+def shortfall(log_odds: torch.Tensor, target: float) -> torch.Tensor:
+    """By how much each prompt's refusal log-odds fall short of `target`, and 0 where they do not: (batch,).
 
     Cross-entropy lifts sure refusals further and spends itself on which words they take; this lifts the unsure ones.
     """
-    return (target - _log_odds(chat_model, prompts, phrases)).relu()
+    return (target - log_odds).relu()
+
+
+def row_log_odds(chat_model: ChatModel, rows: Sequence[Row], phrases: RefusalPhrases) -> torch.Tensor:
+    """Refusal log-odds of each row's prompt under its interventions: (batch,), with a gradient."""
+    prompts, _, interventions = columns(rows)
+    return _log_odds(chat_model, prompts, interventions, phrases)
 
 
 def refusal_rise(chat_model: ChatModel, prompts: Sequence[Sequence[int]], phrases: RefusalPhrases) -> torch.Tensor:
@@ -36,11 +41,18 @@ def refusal_rise(chat_model: ChatModel, prompts: Sequence[Sequence[int]], phrase
     On look-alike twins it is what over-refusal comes from. KL hardly sees it: a twin whose refusal goes from 45 to 55%
     costs two hundredths of a nat.
     """
-    with torch.no_grad(), starting_model(chat_model.model):
-        start = _log_odds(chat_model, prompts, phrases)
-    return (_log_odds(chat_model, prompts, phrases) - start).relu()
-
-
-def _log_odds(chat_model: ChatModel, prompts: Sequence[Sequence[int]], phrases: RefusalPhrases) -> torch.Tensor:
     none = [()] * len(prompts)
-    return refusal_log_odds(chat_model.model, batch_prompts(chat_model, prompts, none), phrases)
+    with torch.no_grad(), starting_model(chat_model.model):
+        start = _log_odds(chat_model, prompts, none, phrases)
+    return (_log_odds(chat_model, prompts, none, phrases) - start).relu()
+
+
+def _log_odds(
+    chat_model: ChatModel,
+    prompts: Sequence[Sequence[int]],
+    interventions: Sequence[tuple[Intervention, ...]],
+    phrases: RefusalPhrases,
+) -> torch.Tensor:
+    batch = batch_prompts(chat_model, prompts, interventions)
+    with intervene(chat_model.neurons, interventions):
+        return refusal_log_odds(chat_model.model, batch, phrases)
