@@ -8,6 +8,7 @@ differs. Options of a recipe change all of them alike, the suite's too. Everythi
 goes on where it was interrupted, and is read again when it is complete; OUT/start/seed-<n> is the model before.
 
 --jobs N trains and attacks so many at once, each in a process of its own: a small model leaves most of a GPU idle.
+Seconds per step then say nothing.
 
 Prints a Markdown table, one row per recipe: the mean over the seeds and, in brackets, the least and the most. All
 figures are of the test split, on the seed's own prompts. Plots: `harden report OUT/*/seed-0 --plots PLOTS`.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,6 +28,7 @@ from pathlib import Path
 from harden.adapters import starting_model
 from harden.attack.run import attack
 from harden.entry import command_parser, guarded, start_logging
+from harden.errors import MeasurementError
 from harden.generate import mean
 from harden.measure import benign_divergence, perplexity
 from harden.objective.spread import leverage_loss
@@ -71,6 +74,8 @@ def main() -> int:
     # all recipes of a seed before the next: an interrupted table compares all of them
     places = [(seed, path) for seed in options.seeds for path in (None, *options.recipes)]
 
+    threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
+
     def compute(number: int) -> tuple[str, dict[str, float]]:
         seed, path = places[number]
         name = "start" if path is None else load_recipe(path).name
@@ -81,7 +86,10 @@ def main() -> int:
     def ready(number: int) -> int:
         """The number, once the cell is complete in its folder."""
         if options.jobs > 1:
-            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--cell", str(number)], check=True)
+            command = [sys.executable, __file__, *sys.argv[1:], "--cell", str(number)]
+            code = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads}, check=False).returncode
+            if code:
+                raise MeasurementError(f"cell {number} (seed, recipe: {places[number]}) ended with exit code {code}")
         return number
 
     if options.cell is not None:

@@ -2,8 +2,8 @@
 
     python benchmarks/training.py [--config RECIPE.yaml] [--rounds 3] [--only NAME ...]
 
-Plain: transformers and peft as they come, cross-entropy of the answers of the same harmful and benign rows (refusals
-and the model's own answers), one padded batch, AdamW. The others are the recipe with some of its terms; the terms of
+Plain: transformers and peft as they come, cross-entropy of the answers of as many harmful and benign rows (refusals and
+the model's own answers), one padded batch, AdamW. The others are the recipe with some of its terms; the terms of
 `spread` and `leverage` on all harmful rows of every step. Each runs `train.clamps.relocate_every` steps, so that
 locating and weighing clamps counts once. Every way is a process of its own, all take turns, `--rounds` times over;
 medians and, in brackets, the least and the most. Memory: the peak of the process, model included, while it trains (on a
@@ -36,26 +36,38 @@ from harden.runfolder import RunFolder
 from harden.schema import merge
 
 PLAIN = "plain"
-OFF = {"clamps": {"share": 0}, "spread": {"weight": 0}, "leverage": {"weight": 0}, "twins": {"weight": 0}}
-MARGIN = {"weight": 0.2, "target": 8}
+OFF = {
+    **{name: {"weight": 0} for name in ("spread", "leverage", "twins", "margin")},
+    **{name: {"share": 0} for name in ("clamps", "mask", "direction")},
+    "benign": {"texts": 0},
+}
+MARGIN = {"weight": 0.2, "target": 8, "rows": None, "attacked": False}
 
 
 def ways(recipe: Recipe) -> dict[str, dict]:
     """What each way changes in `train`."""
-    rows = recipe.train.refusal.rows
+    rows = harmful_rows(recipe)
+    off = {**OFF, "refusal": {"rows": rows}}
     each = {"weight": 0.05, "rows": rows, "every": 1}
     return {
-        PLAIN: OFF,
-        "refusal, benign KL": OFF,
-        "and a hinge on twins": {**OFF, "twins": {"weight": 0.05}},
-        "and a margin": {**OFF, "margin": MARGIN},
-        "and clamps": {**OFF, "clamps": {}},
-        "and masks": {**OFF, "mask": {"share": 0.75, "relocate_every": recipe.train.clamps.relocate_every}},
-        "and spread (gradient)": {**OFF, "spread": {**each, "attribution": "gradient"}},
-        "and spread (direct)": {**OFF, "spread": {**each, "attribution": "direct"}},
-        "and leverage": {**OFF, "leverage": each},
+        PLAIN: {},
+        "refusal, benign KL": off,
+        "and requests alone": {**off, "benign": {"texts": 4}},
+        "and a hinge on twins": {**off, "twins": {"weight": 0.05, "rows": None}},
+        "and a margin": {**off, "margin": MARGIN},
+        "and clamps": {**off, "clamps": {}},
+        "and masks": {**off, "mask": {"share": 0.75, "relocate_every": recipe.train.clamps.relocate_every}},
+        "and spread (gradient)": {**off, "spread": {**each, "attribution": "gradient"}},
+        "and spread (direct)": {**off, "spread": {**each, "attribution": "direct"}},
+        "and leverage": {**off, "leverage": each},
         "the recipe": {},
     }
+
+
+def harmful_rows(recipe: Recipe) -> int:
+    """Harmful rows of a step: those of the refusal term and, where it has its own, those of the margin."""
+    margin = recipe.train.margin
+    return recipe.train.refusal.rows + ((margin.rows or 0) if margin.weight else 0)
 
 
 class Cost(Record):
@@ -119,7 +131,7 @@ def plain(recipe: Recipe) -> Cost:
     for _ in range(settings.steps):
         began = time.monotonic()
         rows = [
-            Row(prompt, rng.choice(run.data.refusals)) for prompt in rng.sample(run.data.harmful, settings.refusal.rows)
+            Row(prompt, rng.choice(run.data.refusals)) for prompt in rng.sample(run.data.harmful, harmful_rows(recipe))
         ]
         rows += rng.sample(run.data.benign, settings.benign.rows)
         longest = max(len(row.prompt) + len(row.answer) for row in rows)

@@ -1,4 +1,4 @@
-"""What harmful rows are trained under: clamps and writes that break the model now, the baselines' masks and ablations.
+"""What harmful rows are trained under: clamps that break the model now, and the baselines' masks and ablations.
 
 Neurons are located on the present weights, and clamp sizes count in their present gaps; what keeps clamps from growing
 with training is that they must be coherent on the starting model.
@@ -18,9 +18,9 @@ import torch
 
 from harden.activations import neuron_at
 from harden.attack.arms import Anchor, anchored, refusal_directions
-from harden.attack.screen import Probe, Screened, screen_clamps
+from harden.attack.screen import Probe, screen_clamps
 from harden.attack.select import RANDOM, select_candidates
-from harden.interventions import Ablate, Clamp, Intervention, Scale, Write
+from harden.interventions import Ablate, Clamp, Intervention, Scale
 from harden.locate.base import Candidate
 from harden.locate.contrast import read_contrast
 from harden.locate.passes import Passes
@@ -61,8 +61,6 @@ class Adversary:
     masked: list[Neuron] = field(default_factory=list)
     directions: torch.Tensor | None = None
     """(layers, d_model), unit vectors."""
-    writes: list[tuple[Write, float]] = field(default_factory=list)
-    """Each with its weight."""
 
     def draw(self, rng: random.Random, size: int = 1, max_benign_rise: float = math.inf) -> tuple[Weighed, ...]:
         """Clamps of up to `size` different neurons, by weight; none where there are none.
@@ -104,22 +102,18 @@ class Adversary:
         self,
         rng: random.Random,
         number: int,
-        rows: int,
+        of: int,
         settings: TrainSection,
         max_benign_rise: float,
         chat_model: ChatModel,
         text: str,
     ) -> tuple[Intervention, ...]:
         """What the number-th of a step's harmful rows, the request `text`, is trained under: the first under clamps,
-        the next under a write, the next masked, the next with a direction ablated, the others under nothing."""
-        kinds = (settings.clamps, settings.writes, settings.mask, settings.direction)
-        bounds = accumulate(kind.share for kind in kinds)
-        clamped, written, masked, ablated = (round(rows * total) for total in bounds)
+        the next masked, the next with a direction ablated, the others under nothing. of: how many they are."""
+        shares = (settings.clamps.share, settings.mask.share, settings.direction.share)
+        clamped, masked, ablated = (round(of * total) for total in accumulate(shares))
         if number < clamped:
             return self.clamped(rng, settings.clamps, max_benign_rise, chat_model, text)
-        if number < written:
-            weights = [weight for _, weight in self.writes]
-            return tuple(write for write, _ in rng.choices(self.writes, weights)) if self.writes else ()
         if number < masked:
             chosen = self.masked
             if settings.mask.locator == "random":
@@ -131,18 +125,19 @@ class Adversary:
             return (Ablate(f"layer {layer}", self.directions[layer].expand_as(self.directions)),)
         return ()
 
-    def learn(self, met: Sequence[tuple[tuple[Intervention, ...], float]], floor: float) -> None:
-        """Weigh clamps by what single rows just met: their interventions, and the refusal log-odds under them.
+    def learn(self, met: Sequence[tuple[Clamp | None, float]], floor: float) -> None:
+        """Weigh clamps by what single rows just met: the clamp, None where it was not one alone, and the refusal
+        log-odds under it, in nats.
 
-        A row is one prompt, so it counts as much as all that was known before. Clamps that are resisted by now are
+        A row is one prompt of many, so it moves a clamp's weight half of the way. Clamps that are resisted by now are
         drawn less at once, not only when all are weighed again.
         """
-        known = {weighed.clamp: place for place, weighed in enumerate(self.clamps)}
-        for interventions, log_odds in met:
-            place = known.get(interventions[0]) if len(interventions) == 1 else None
-            if place is not None:
-                weighed = self.clamps[place]
-                self.clamps[place] = replace(weighed, weight=(weighed.weight + floor + _breaking(log_odds)) / 2)
+        places = {weighed.clamp: place for place, weighed in enumerate(self.clamps)}
+        for clamp, log_odds in met:
+            if clamp in places:
+                weighed = self.clamps[places[clamp]]
+                weight = (weighed.weight + floor + _breaking(log_odds)) / 2
+                self.clamps[places[clamp]] = replace(weighed, weight=weight)
 
     def to_state(self) -> dict[str, Any]:
         """Plain lists and tensors, for a checkpoint."""
@@ -159,7 +154,6 @@ class Adversary:
                 ]
                 for w in self.clamps
             ],
-            "writes": [[write.name, write.layer, write.vector, weight] for write, weight in self.writes],
             "breakers": [[neuron.layer, neuron.index] for neuron in self.breakers],
             "masked": [[neuron.layer, neuron.index] for neuron in self.masked],
             "directions": self.directions,
@@ -167,13 +161,10 @@ class Adversary:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Adversary:
-        breakers, masked = ([Neuron(layer, index) for layer, index in state[name]] for name in ("breakers", "masked"))
         return cls(
             [Weighed(Clamp(Neuron(int(r[0]), int(r[1])), r[2]), *r[3:]) for r in state["clamps"]],
-            breakers,
-            masked,
+            *([Neuron(layer, index) for layer, index in state[name]] for name in ("breakers", "masked")),
             state["directions"],
-            [(Write(*write), weight) for *write, weight in state["writes"]],
         )
 
 
@@ -193,11 +184,10 @@ def refresh(
 ) -> Adversary:
     """The adversary at a step: what is due is located anew on the present weights, the rest stays."""
     clamps, mask, direction = settings.clamps, settings.mask, settings.direction
-    if (settings.draws_clamps or settings.writes.share) and step % clamps.relocate_every == 0:
-        texts = _pick(rng, harmful, RELOCATE_PROMPTS), _pick(rng, twins, RELOCATE_PROMPTS)
-        passes = Passes(chat_model, *texts, phrases, batch_size)
     if settings.draws_clamps and step % clamps.relocate_every == 0:
         known = [*past_breakers, *(adversary.breakers if clamps.replay else ())]
+        texts = _pick(rng, harmful, RELOCATE_PROMPTS), _pick(rng, twins, RELOCATE_PROMPTS)
+        passes = Passes(chat_model, *texts, phrases, batch_size)
         pool = {c.neuron: c for c in select_candidates(clamps.locators, clamps.pool, passes, 1.0, rng.randrange(2**32))}
         pool |= {neuron: passes.scores.candidate(neuron) for neuron in known}
         if clamps.random:
@@ -207,10 +197,6 @@ def refresh(
         now = [weighed.clamp.neuron for weighed in found if weighed.weight - clamps.floor >= REPLAYED]
         breakers = list(dict.fromkeys([*adversary.breakers, *now]))
         adversary = replace(adversary, clamps=found, breakers=breakers)
-    if settings.writes.share and step % clamps.relocate_every == 0:
-        written = worst_writes(passes, settings.writes.norms, f"step {step}")
-        screened = _coherent(chat_model, written, probe, phrases, max_benign_rise, batch_size)
-        adversary = replace(adversary, writes=[(e.clamp, clamps.floor + _breaking(e.log_odds)) for e in screened])
     locate_mask = mask.share and mask.locator != "random" and _due(step, mask.relocate_every)
     locate_directions = direction.share and _due(step, direction.relocate_every)
     if locate_mask or locate_directions:
@@ -242,6 +228,12 @@ def weigh_clamps(
     make the model babble. If none is left there are no clamps, and rows are trained without.
     """
     clamps = {Clamp(c.neuron, c.clamp_value(size)): c for c in candidates for size in settings.sizes}
+    screened = screen_clamps(
+        chat_model, list(clamps), probe, phrases, batch_size, "weigh clamps", coherence_at_start=True
+    )
+    coherent = [entry for entry in screened if entry.benign_rise <= max_benign_rise]
+    if not coherent:
+        logger.warning("none of %d clamps is coherent: training without; smaller train.clamps.sizes?", len(clamps))
     return [
         Weighed(
             entry.clamp,
@@ -250,38 +242,12 @@ def weigh_clamps(
             clamps[entry.clamp].harmful,
             clamps[entry.clamp].harmless,
         )
-        for entry in _coherent(chat_model, list(clamps), probe, phrases, max_benign_rise, batch_size)
+        for entry in coherent
     ]
 
 
-def worst_writes(passes: Passes, norms: Sequence[float], name: str) -> list[Write]:
-    """Of every layer and norm, the constant vector that lowers refusal most, to first order, of what moves of all its
-    neurons along the gradient write: -W W' g, with the down projection W and the gradient g of the log-odds in the
-    MLP's output, summed over positions."""
-    slopes = passes.slopes.slope.split(list(passes.chat_model.neurons.widths))
-    lengths = passes.contrast.harmful.stream.norm(dim=-1).mean(0)  # by layer
-    writes = []
-    for layer, (slope, down) in enumerate(zip(slopes, passes.chat_model.neurons.down_projections, strict=True)):
-        weight = next(down.parameters())
-        move = -slope.to(weight)[None]
-        with torch.no_grad():
-            vector = (down(move) - down(torch.zeros_like(move)))[0].float().cpu()  # without the bias
-        unit = vector / vector.norm().clamp(min=1e-12)
-        writes += [Write(f"{norm:g}, {name}", layer, norm * lengths[layer] * unit) for norm in norms]
-    return writes
-
-
-def _coherent(chat_model, edits, probe, phrases, max_benign_rise: float, batch_size: int) -> list[Screened]:
-    """The interventions under which the starting model still speaks, with the present model's log-odds."""
-    screened = screen_clamps(chat_model, edits, probe, phrases, batch_size, "weigh clamps", coherence_at_start=True)
-    coherent = [entry for entry in screened if entry.benign_rise <= max_benign_rise]
-    if not coherent:
-        logger.warning("none of %d clamps is coherent: training without; smaller train.clamps.sizes?", len(edits))
-    return coherent
-
-
 def _breaking(log_odds: float) -> float:
-    """The squared chance of no refusal."""
+    """The squared chance of no refusal, from refusal log-odds in nats."""
     return (1 / (1 + math.exp(min(log_odds, 50.0)))) ** 2
 
 

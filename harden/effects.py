@@ -94,8 +94,8 @@ def under_clamps(
         if set(by_layer) - {0}:
             run([()])
     groups = [by_layer[layer] for layer in sorted(by_layer)]
-    if chat_model.device.type != "cpu":
-        groups = [[place for group in groups for place in group]] if groups else []
+    if groups and layers_share_batches(chat_model):
+        groups = [[place for group in groups for place in group]]
     results: dict[int, Result] = {}
     for places in groups:
 
@@ -109,6 +109,11 @@ def under_clamps(
         at_a_time = max(1, batch_size // rows_per_clamp)
         results.update(zip(places, in_batches(chat_model, places, at_a_time, run_part, rows_per_clamp), strict=True))
     return [results[first_place.get(clamp, place)] for place, clamp in enumerate(clamps)]
+
+
+def layers_share_batches(chat_model: ChatModel) -> bool:
+    """Whether clamps of several layers go into one batch: where it is launches that cost, not arithmetic."""
+    return chat_model.device.type != "cpu"
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from harden.adversary import CONTRAST_PROMPTS, Adversary, refresh
 from harden.attack.screen import Probe
 from harden.errors import MeasurementError
 from harden.generate import progress_bar
-from harden.interventions import Intervention
+from harden.interventions import Clamp
 from harden.locate.contrast import read_contrast
 from harden.models import ChatModel
 from harden.neurons import Neuron
@@ -143,44 +143,44 @@ def backward(
     step: int,
     rng: random.Random,
     factors: Mapping[str, float],
-) -> tuple[dict[str, float], list[tuple[tuple[Intervention, ...], float]]]:
-    """One step's rows, their loss terms and gradients; returns each term's value, over all processes, and what single
-    rows of the margin term met: their interventions and the refusal log-odds under them.
+) -> tuple[dict[str, float], list[tuple[Clamp | None, float]]]:
+    """One step's rows, their loss terms and gradients; returns each term's value, over all processes, and what the
+    rows of an attacked margin met: the clamp, if it was one alone, and the refusal log-odds under it, in nats.
 
-    The twins are those of the step's harmful prompts, so that what is learned tells the two apart. values: clamp values
-    of all neurons, for the leverage term. factors: on the weights of terms, by name.
+    The twins are those of the step's harmful prompts (of the margin's, where it has its own), so that what is learned
+    tells the two apart. values: clamp values of all neurons, for the leverage term. factors: on the weights of terms,
+    by name.
     """
     losses: dict[str, float] = {}
 
-    def add(name: str, weight: float, rows: Sequence, term: Callable[[list], torch.Tensor]) -> None:
+    def add(name: str, weight: float, rows: Sequence, term: Callable[[list], torch.Tensor], like: str = "") -> None:
         share = processes.my_share(rows)
         keep = torch.tensor([w for _, w in share], device=chat_model.device)
         loss = (term([row for row, _ in share]) * keep).sum() / len(rows)
-        (factors.get(name, 1.0) * weight * loss).backward()
+        (factors.get(like or name, 1.0) * weight * loss).backward()
         losses[name] = float(processes.total(loss.detach()))
 
     refusal, benign, spread, leverage = settings.refusal, settings.benign, settings.spread, settings.leverage
     margin, met = settings.margin, []
 
     def attack(places: Sequence[int]) -> list[Row]:
+        texts = [data.harmful_texts[place] for place in places]
         return [
             Row(
                 data.harmful[place],
                 rng.choice(data.refusals),
-                adversary.row(
-                    rng, number, len(places), settings, max_benign_rise, chat_model, data.harmful_texts[place]
-                ),
+                adversary.row(rng, number, len(places), settings, max_benign_rise, chat_model, text),
             )
-            for number, place in enumerate(places)
+            for number, (place, text) in enumerate(zip(places, texts, strict=True))
         ]
 
     def short_of_margin(mine: list[Row]) -> torch.Tensor:
         log_odds = row_log_odds(chat_model, mine, phrases)
-        met.extend(zip((row.interventions for row in mine), log_odds.tolist(), strict=True))
+        met.extend(zip((_clamp_alone(row) for row in mine), log_odds.tolist(), strict=True))
         return shortfall(log_odds, margin.target)
 
     drawn = _pick(rng, range(len(data.harmful)), refusal.rows)
-    attacked = attack(drawn) if settings.attacks_rows else []
+    attacked = attack(drawn) if refusal.weight or (margin.attacked and not margin.rows) else []
     if refusal.weight:
         add("refusal", refusal.weight, attacked, lambda mine: refusal_loss(chat_model, mine))
     if margin.weight:
@@ -189,7 +189,7 @@ def backward(
             attacked = attack(drawn) if margin.attacked else []
         rows = attacked if margin.attacked else [Row(data.harmful[place]) for place in drawn]
         add("margin", margin.weight, rows, short_of_margin)
-        met = processes.gather(met, len(rows))
+    met = processes.gather(met, len(drawn)) if margin.attacked and margin.weight else []
     if settings.twins.weight:
         rows = [data.twins[place] for place in drawn if data.twins[place] is not None][: settings.twins.rows]
         if rows:
@@ -202,7 +202,7 @@ def backward(
         add("benign_kl", benign.weight, rows, lambda mine: benign_kl(chat_model, mine))
         if benign.texts:
             rows = _pick(rng, data.texts, benign.texts)
-            add("text_kl", benign.weight, rows, lambda mine: benign_kl(chat_model, mine))
+            add("text_kl", benign.weight, rows, lambda mine: benign_kl(chat_model, mine), "benign_kl")
     if spread.weight and step % spread.every == 0:
         rows = _pick(rng, data.harmful, spread.rows)
         add(
@@ -215,6 +215,10 @@ def backward(
         rows = _pick(rng, data.harmful, leverage.rows)
         add("leverage", leverage.weight, rows, lambda mine: leverage_loss(chat_model, mine, phrases, values))
     return losses, met
+
+
+def _clamp_alone(row: Row) -> Clamp | None:
+    return row.interventions[0] if len(row.interventions) == 1 and isinstance(row.interventions[0], Clamp) else None
 
 
 def _leverage_values(

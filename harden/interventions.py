@@ -71,26 +71,12 @@ class Ablate:
     """(layers, d_model), unit vectors."""
 
 
-@dataclass(frozen=True)
-class Write:
-    """A constant vector that a layer's MLP writes besides, at every position: what clamps of any of its neurons, or of
-    several at once, come to. A clamp of neuron i writes (m - h_i) w_i, with w_i its column of the down projection."""
-
-    name: str
-    """Tells vectors of one layer apart: two of one name are the same."""
-    layer: int
-    vector: torch.Tensor = field(compare=False)
-    """(d_model,)."""
-
-
-Intervention = Clamp | Scale | Add | Ablate | Write
+Intervention = Clamp | Scale | Add | Ablate
 
 
 def first_layer(intervention: Intervention) -> int:
     """The lowest layer that it changes anything in."""
-    if isinstance(intervention, Ablate):
-        return 0
-    return intervention.layer if isinstance(intervention, Write) else intervention.neuron.layer
+    return 0 if isinstance(intervention, Ablate) else intervention.neuron.layer
 
 
 @contextmanager
@@ -102,13 +88,9 @@ def intervene(neurons: MlpNeurons, rows: Sequence[Sequence[Intervention]]) -> It
     Raises HardenError for a neuron that the model does not have.
     """
     by_layer: dict[int, list[tuple[int, Clamp | Scale | Add]]] = defaultdict(list)
-    written: dict[int, list[tuple[int, Write]]] = defaultdict(list)
     ablated: dict[int, Ablate] = {}
     for row, interventions in enumerate(rows):
         for intervention in interventions:
-            if isinstance(intervention, Write):
-                written[intervention.layer].append((row, intervention))
-                continue
             if isinstance(intervention, Ablate):
                 if row in ablated:
                     raise HardenError("a row can have one direction ablated, not two")
@@ -123,8 +105,6 @@ def intervene(neurons: MlpNeurons, rows: Sequence[Sequence[Intervention]]) -> It
             device = next(neurons.down_projections[layer].parameters()).device
             hook = _editing_hook(edits, len(rows), device)
             handles.append(neurons.down_projections[layer].register_forward_pre_hook(hook))
-        for layer, writes in written.items():
-            handles.append(neurons.down_projections[layer].register_forward_hook(_writing_hook(writes, len(rows))))
         if ablated:
             for number, block in enumerate(neurons.blocks):
                 ablate = _ablation(ablated, number, len(rows))
@@ -142,20 +122,7 @@ def describe(intervention: Intervention) -> str:
     """One intervention in words that tell it apart from every other, such as `clamp 24:623 -30.5`."""
     if isinstance(intervention, Ablate):
         return f"ablate {intervention.name}"
-    if isinstance(intervention, Write):
-        return f"write {intervention.layer} {intervention.name}"
     return f"{type(intervention).__name__.lower()} {intervention.neuron} {intervention.value!r}"
-
-
-def _writing_hook(writes: list[tuple[int, Write]], n_rows: int):
-    vectors = torch.zeros(n_rows, 1, len(writes[0][1].vector))
-    for row, write in writes:
-        vectors[row, 0] += write.vector.cpu()
-
-    def edit_output(_module, _args, output):  # (batch, seq, d_model)
-        return output + vectors.to(output).repeat_interleave(_repeats(output, n_rows), 0)
-
-    return edit_output
 
 
 def _ablation(ablated: dict[int, Ablate], layer: int, n_rows: int):

@@ -283,17 +283,6 @@ class ClampTerm(Section):
     """Neurons whose clamps broke the model at any weighing of the round stay in the pool."""
 
 
-class WriteTerm(Section):
-    """Harmful rows trained while a layer's MLP writes a constant vector besides: the one that, to first order, lowers
-    refusal most of all that moves of the layer's neurons together can write. What neurons that no locator lists can do
-    is a part of it."""
-
-    share: Share = 0.0
-    """Share of the harmful rows that are trained so; 0 switches the term off."""
-    norms: Sizes = (0.05, 0.1, 0.2)
-    """Of the vector, as shares of the norm of the stream behind the layer. Published clamps write 0.1 to 0.8 of it."""
-
-
 class MaskTerm(Section):
     """Baselines: harmful rows trained with neurons silenced. A fixed set is after SafeNeuron (arXiv 2602.12158), one
     that is found anew after NeuronGuard (arXiv 2608.23959), one at random is neuron dropout, without rescaling."""
@@ -324,13 +313,13 @@ class MarginTerm(Section):
     rows: Positive | None = None
     """Harmful prompts of its own; null: those of the refusal term."""
     attacked: bool = False
-    """Under clamps, writes, masks and ablations, in the same shares as refusal rows, instead of under nothing. What it
-    finds of a clamp is its weight among those that are drawn from then on."""
+    """Under clamps, masks and ablations, in the same shares as refusal rows, instead of under nothing. What it finds of
+    a clamp that is alone in a row counts for half of its weight among those that are drawn from then on."""
 
 
 class SpreadTerm(Section):
     weight: Weight = 0.05
-    """Weight of -log(effective number of neurons); 0 switches the term off."""
+    """Weight of -log(effective number of neurons); 0 switches the term off. It did not help: docs/method.md."""
     order: Literal[1, 2, 4, 8] = 2
     """Of the effective number (a Hill number): 1 is the entropy's, 2 the participation ratio, 8 about the largest
     share."""
@@ -364,8 +353,8 @@ class BenignTerm(Section):
     twin_share: Share = 0.5
     """Share of the benign prompts that are look-alike twins."""
     texts: Annotated[int, Field(ge=0)] = 0
-    """Rows besides, in each step, of benign requests alone, without chat template, at all of their tokens: what
-    perplexity is measured on."""
+    """Rows besides, in each step and with the same weight again, of benign requests alone, without chat template, at
+    their first 64 tokens: what perplexity is measured on."""
     answers: Positive = 128
     """Benign prompts that the starting model is asked to answer before training."""
     answer_tokens: Positive = 16
@@ -383,7 +372,7 @@ class TwinTerm(Section):
     """Weight of the rise of refusal log-odds over the starting model's, in nats, on the twins of a step's harmful
     prompts; 0 switches the term off."""
     rows: Positive | None = None
-    """Twins of a step, at most; null: of all of its harmful prompts."""
+    """Twins of a step, at most; null: of all its harmful prompts. They are the margin's where it has its own."""
     ceiling: Annotated[float, Field(gt=0)] | None = None
     """Nats; as `benign.ceiling`."""
 
@@ -406,7 +395,6 @@ class TrainSection(Section):
     twins: TwinTerm = TwinTerm()
     margin: MarginTerm = MarginTerm()
     clamps: ClampTerm = ClampTerm()
-    writes: WriteTerm = WriteTerm()
     mask: MaskTerm = MaskTerm()
     direction: DirectionTerm = DirectionTerm()
     spread: SpreadTerm = SpreadTerm()
@@ -422,26 +410,32 @@ class TrainSection(Section):
 
     @property
     def draws_clamps(self) -> bool:
-        return bool((self.clamps.share and self.attacks_rows) or (self.benign.clamped and self.benign.weight))
+        return bool((self.clamps.share and any(self.attacked_rows)) or (self.benign.clamped and self.benign.weight))
 
     @property
-    def attacks_rows(self) -> bool:
-        """Whether a term is computed under what its harmful rows are attacked with."""
-        return bool(self.refusal.weight or (self.margin.weight and self.margin.attacked))
+    def attacked_rows(self) -> tuple[int, int]:
+        """Harmful rows of a step, of the refusal term and of the margin, of which a share is attacked."""
+        margin = self.margin
+        return (
+            self.refusal.rows if self.refusal.weight else 0,
+            (margin.rows or self.refusal.rows) if margin.weight and margin.attacked else 0,
+        )
 
     @model_validator(mode="after")
     def _rows_are_attacked_in_one_way(self):
-        shares = {name: getattr(self, name).share for name in ("clamps", "writes", "mask", "direction")}
+        shares = {name: getattr(self, name).share for name in ("clamps", "mask", "direction")}
         total = sum(shares.values())
         if total > 1 + 1e-9:
-            raise ValueError(
-                f"clamps.share, writes.share, mask.share and direction.share are {total:g} together; at most 1"
-            )
-        for name in ("writes", "mask", "direction"):
-            if shares[name] and not self.attacks_rows:
-                raise ValueError(f"{name}.share {shares[name]:g} without refusal.weight: no row is trained so")
-            if 0 < shares[name] * self.refusal.rows < 0.5:
-                raise ValueError(f"{name}.share {shares[name]:g} of {self.refusal.rows} refusal.rows is no row")
+            raise ValueError(f"clamps.share, mask.share and direction.share are {total:g} together; at most 1")
+        rows = max(self.attacked_rows)
+        for name in ("mask", "direction"):
+            if shares[name] and not rows:
+                raise ValueError(
+                    f"{name}.share {shares[name]:g} without refusal.weight, or margin.weight with margin.attacked: no "
+                    "row is trained so"
+                )
+            if 0 < shares[name] * rows < 0.5:
+                raise ValueError(f"{name}.share {shares[name]:g} of {rows} harmful rows is no row")
         if self.mask.locator == "random" and self.mask.relocate_every is not None:
             raise ValueError("mask.relocate_every with mask.locator random: those are drawn for every row anyway")
         return self

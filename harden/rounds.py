@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 from harden import __version__, bundled, processes
 from harden.adapters import adapter_state, restore_adapter, save_adapter
 from harden.bench import Bench
+from harden.errors import HardenError
 from harden.files import read_finished, write_atomically
 from harden.finetune import TrainingData, train_round
 from harden.interventions import Clamp
@@ -35,6 +36,8 @@ from harden.results import AttackRecord, Measurement, Rate, Results, RoundRecord
 from harden.runfolder import RunFolder
 
 logger = logging.getLogger(__name__)
+
+TEXT_TOKENS = 64  # of a request that is trained on alone, behind its first: each costs two rows of the vocabulary
 
 
 def harden(recipe: Recipe) -> Results:
@@ -310,12 +313,18 @@ class Run:
             harmful_texts=tuple(prompt.text for prompt in train.harmful),
             twin_texts=tuple(prompt.text for prompt in train.twins),
             probe=self.bench.probe("train"),
-            texts=tuple(
-                Row(tuple(ids[:1]), tuple(ids[1:]))
-                for ids in (self.chat_model.tokenizer(text)["input_ids"] for text in self.bench.benign_texts("train"))
-                if len(ids) > 1
-            ),
+            texts=self._texts() if self.recipe.train.benign.texts else (),
         )
+
+    def _texts(self) -> tuple[Row, ...]:
+        """Benign training requests alone: the first token, and as an answer the next ones."""
+        texts = self.bench.benign_texts("train")
+        rows = [ids[: TEXT_TOKENS + 1] for ids in self.chat_model.tokenizer(texts)["input_ids"]]
+        if not any(len(ids) > 1 for ids in rows):
+            raise HardenError(
+                "train.benign.texts: none of prompts.benign has two tokens; set it to 0 or give longer ones"
+            )
+        return tuple(Row(tuple(ids[:1]), tuple(ids[1:])) for ids in rows if len(ids) > 1)
 
     def _keep_adapter(self, number: int) -> None:
         path = self.folder.state / f"round-{number}" / "adapter.pt"

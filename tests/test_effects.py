@@ -3,11 +3,11 @@ import torch
 from tiny import ARCHITECTURES, tiny_chat_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harden import processes
+from harden import effects, processes
 from harden.chat import Chat, pad_left
 from harden.effects import under_clamps
 from harden.generate import answer_log_probs
-from harden.interventions import Ablate, Clamp, Write, intervene
+from harden.interventions import Ablate, Clamp, intervene
 from harden.models import ChatModel
 from harden.neurons import Neuron, find_neurons
 from harden.planted import build_tokenizer
@@ -23,7 +23,7 @@ OLDER = {
 PROMPTS = [[2, 9, 10, 11, 12, 3, 4], [2, 9, 10, 7, 3, 4], [2, 9, 10, 11, 13, 14, 6, 3, 4]]
 CLAMPS = [
     Clamp(Neuron(2, 5), 9.0), Clamp(Neuron(0, 3), -9.0), Clamp(Neuron(1, 7), -9.0), Clamp(Neuron(2, 6), 4.0),
-    Clamp(Neuron(2, 5), 9.0), Clamp(Neuron(2, 5), -9.0), Write("ones", 1, torch.ones(32)),
+    Clamp(Neuron(2, 5), 9.0), Clamp(Neuron(2, 5), -9.0),
 ]  # fmt: skip
 
 
@@ -40,8 +40,9 @@ def runner(chat_model, prompts):
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-@pytest.mark.parametrize("n_prompts", [1, 3])
-def test_log_odds_are_those_of_full_passes_one_clamp_and_prompt_at_a_time(kind, n_prompts):
+@pytest.mark.parametrize(("n_prompts", "shared"), [(1, False), (3, False), (3, True)])
+def test_log_odds_are_those_of_full_passes_one_clamp_and_prompt_at_a_time(kind, n_prompts, shared, monkeypatch):
+    monkeypatch.setattr(effects, "layers_share_batches", lambda _model: shared)
     chat_model, prompts = tiny_chat_model(kind), PROMPTS[-n_prompts:]
     run, phrases = runner(chat_model, prompts)
     found = torch.tensor(under_clamps(chat_model, CLAMPS, 2, 1, run, lambda _n: None))

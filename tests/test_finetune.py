@@ -7,15 +7,14 @@ import torch
 import harden.finetune as finetune
 from harden.activations import template_activations
 from harden.adapters import adapter_state, attach_adapter
-from harden.adversary import Adversary, Weighed, refresh, weigh_clamps, worst_writes
+from harden.adversary import Adversary, Weighed, refresh, weigh_clamps
 from harden.attack.arms import Anchor
 from harden.attack.screen import Probe
 from harden.errors import MeasurementError
 from harden.finetune import TrainingData, backward, learning_rate_factor, train_round
 from harden.generate import Completion
-from harden.interventions import Clamp, Write
+from harden.interventions import Clamp
 from harden.locate.gradient import score_neurons
-from harden.locate.passes import Passes
 from harden.models import load_chat_model
 from harden.neurons import Neuron
 from harden.objective.ceiling import Ceiling
@@ -106,7 +105,7 @@ def test_the_twins_of_a_step_are_those_of_its_harmful_prompts(planted, data, phr
             "mask": {"share": 0.25, "relocate_every": 2}, "direction": {"share": 0.5, "relocate_every": 4},
         },
         {
-            "clamps": {"share": 0.5, "relocate_every": 4}, "writes": {"share": 0.25},
+            "clamps": {"share": 0.5, "relocate_every": 4},
             "margin": {"weight": 0.5, "rows": 4, "attacked": True}, "benign": {"rows": 2, "texts": 2},
         },
         {"clamps": {"share": 0}, "mask": {"share": 1, "locator": "random"}, "benign": {"clamped": 0.5}},
@@ -254,36 +253,10 @@ def test_the_rows_of_a_step_are_attacked_in_their_shares(planted, data, phrases)
     assert drawn[0] == drawn[1] != drawn[2] and len({edit.neuron for edit in drawn[2]}) == 10
 
 
-def test_worst_writes_lower_refusal_more_than_others_of_their_size(planted, data, phrases):
-    model = adapted(planted)
-    writes = worst_writes(Passes(model, data.harmful_texts, data.twin_texts, phrases, 8), (0.1, 0.3), "now")
-    layers = len(model.neurons.widths)
-    assert len(writes) == 2 * layers and [write.layer for write in writes] == [n // 2 for n in range(2 * layers)]
-    norms = [float(write.vector.norm()) for write in writes]
-    assert norms[1::2] == pytest.approx([3 * norm for norm in norms[::2]])
-    rows, generator = [Row(data.harmful[0], (), (write,)) for write in writes], torch.Generator().manual_seed(0)
-    random_rows = []
-    for write in writes:
-        vector = torch.randn(len(write.vector), generator=generator)
-        other = Write("random", write.layer, vector / vector.norm() * write.vector.norm())
-        random_rows.append(Row(data.harmful[0], (), (other,)))
-    with torch.no_grad():
-        worst, other = (finetune.row_log_odds(model, part, phrases) for part in (rows, random_rows))
-    assert (worst < other).all()
-
-
-def test_writes_are_drawn_in_their_share_and_only_coherent_ones(planted, data, phrases):
-    parts = {"clamps": {"share": 0}, "writes": {"share": 0.5, "norms": [0.1, 1e6]}}
-    adversary = refreshed(adapted(planted), data, phrases, Adversary(), 0, **parts)
-    assert {write.name for write, _ in adversary.writes} == {"0.1, step 0"}
-    rows = [adversary.row(random.Random(0), n, 4, settings(**parts), 2.0, planted, "x") for n in range(4)]
-    assert [len(row) for row in rows] == [1, 1, 0, 0]
-
-
 def test_a_clamp_that_is_resisted_by_now_is_drawn_less_and_one_that_works_more():
     one, other, third = (Clamp(Neuron(0, n), 5.0) for n in range(3))
     adversary = Adversary([weighed_clamp(clamp.neuron, 5.0, weight=0.5) for clamp in (one, other, third)])
-    adversary.learn([((one,), 30.0), ((other,), -30.0), ((third, one), -30.0), ((), -30.0)], 0.02)
+    adversary.learn([(one, 30.0), (other, -30.0), (None, -30.0), (Clamp(Neuron(1, 0), 5.0), -30.0)], 0.02)
     weights = [weighed.weight for weighed in adversary.clamps]
     assert weights == pytest.approx([0.26, 0.76, 0.5])
 
@@ -293,18 +266,25 @@ def test_the_margin_has_rows_of_its_own_and_tells_what_they_met(planted, data, p
     term = {"weight": 1, "rows": 5, "target": 2.0, "attacked": True}
     section = settings(refusal={"rows": 2}, margin=term, clamps={"share": 0.4}, benign={"weight": 0})
     losses, met = backward(model, data, phrases, section, 2.0, adversary, [], 1, random.Random(3), {})
-    assert [len(interventions) for interventions, _ in met] == [1, 1, 0, 0, 0]
+    assert [clamp for clamp, _ in met] == [Clamp(PLANTED_NEURON, -30.0)] * 2 + [None] * 3
     short = [max(0.0, 2.0 - log_odds) for _, log_odds in met]
     assert losses["margin"] == pytest.approx(sum(short) / 5, abs=1e-4) and min(short[:2]) > 0 == max(short[2:])
     plain, none = backward(
         model, data, phrases, settings(margin={**term, "attacked": False}), 2.0, adversary, [], 1, random.Random(3), {}
     )
-    assert plain["margin"] == 0.0 and all(not interventions for interventions, _ in none)
+    assert plain["margin"] == 0.0 and none == []
 
 
-def test_requests_alone_are_held_to_the_starting_model(planted, data, phrases, tmp_path):
-    events = run(adapted(planted), data, phrases, tmp_path / "c.pt", steps=8, benign={"rows": 2, "texts": 3})
-    assert events[0]["text_kl"] == pytest.approx(0, abs=1e-6) and events[-1]["text_kl"] > 1e-6
+def test_requests_alone_are_held_to_the_starting_model(planted, planted_folder, data, phrases, tmp_path):
+    """The same steps with and without their rows: with them, the model says less else of requests alone."""
+    left = []
+    for rows in (0, 4):
+        model = adapted(load_chat_model(str(planted_folder)))
+        benign = {"weight": 4, "rows": 2, "texts": rows}
+        events = run(model, data, phrases, tmp_path / f"{rows}.pt", steps=20, benign=benign)
+        with torch.no_grad():
+            left.append(float(finetune.benign_kl(model, data.texts).mean()))
+    assert events[0]["text_kl"] == pytest.approx(0, abs=1e-6) and left[1] < 0.7 * left[0]
 
 
 def test_shares_of_more_than_all_rows_are_an_error():
@@ -338,12 +318,11 @@ def test_groups_and_anchors_are_drawn_in_their_shares(planted, data):
 def test_an_adversary_survives_a_checkpoint(tmp_path):
     adversary = Adversary(
         [weighed_clamp(Neuron(1, 2), -3.5, 0.25, 0.5), weighed_clamp(Neuron(0, 9), 4.0, 1.0, 0.0, 2.0, 1.0)],
-        [Neuron(1, 2)], [Neuron(2, 3)], torch.eye(3), [(Write("a", 1, torch.ones(3)), 0.5)],
+        [Neuron(1, 2)], [Neuron(2, 3)], torch.eye(3),
     )  # fmt: skip
     torch.save(adversary.to_state(), tmp_path / "a.pt")
     again = Adversary.from_state(torch.load(tmp_path / "a.pt", weights_only=True))
     assert torch.equal(again.directions, adversary.directions)
-    assert torch.equal(again.writes[0][0].vector, torch.ones(3))
     assert replace(again, directions=None) == replace(adversary, directions=None)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from harden.chat import pad_left
 from harden.errors import HardenError
 from harden.generate import Request, complete
-from harden.interventions import Ablate, Add, Clamp, Scale, Write, describe, first_layer, intervene
+from harden.interventions import Ablate, Add, Clamp, Scale, describe, intervene
 from harden.neurons import Neuron, find_neurons
 
 NEURON = Neuron(1, 7)
@@ -40,32 +40,6 @@ def test_intervention_equals_hand_edited_weights(kind, intervention, scale, shif
         logits = chat_model.model(ids).logits
     torch.testing.assert_close(logits, edited(chat_model.model, scale, shift)(ids).logits, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits, chat_model.model(ids).logits, atol=1e-2)  # it did something, and is gone
-
-
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_a_write_of_a_neuron_s_column_is_an_addition_to_that_neuron(kind):
-    chat_model = tiny_chat_model(kind)
-    down = chat_model.neurons.down_projections[NEURON.layer]
-    one = torch.zeros(1, chat_model.neurons.widths[NEURON.layer])
-    one[0, NEURON.index] = 5.0
-    write = Write("column", NEURON.layer, (down(one) - down(torch.zeros_like(one)))[0])
-    batch = pad_left([SHORT, LONG, LONG], 0, "cpu")
-    logits = []
-    for edit in (write, Add(NEURON, 5.0)):
-        with intervene(chat_model.neurons, [(), (edit,), ()]):
-            logits.append(chat_model.model(**batch.inputs()).logits[:, -1])
-    plain = chat_model.model(**batch.inputs()).logits[:, -1]
-    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logits[0][::2], plain[::2], rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(logits[0][1], plain[1], atol=1e-2)
-
-
-def test_the_first_layer_that_an_intervention_changes():
-    edits = [Clamp(Neuron(2, 1), 3.0), Write("x", 1, torch.ones(4)), Ablate("d", torch.eye(3))]
-    assert [first_layer(edit) for edit in edits] == [2, 1, 0]
-    assert describe(edits[1]) == "write 1 x" and edits[1] == Write("x", 1, torch.zeros(4)) != Write(
-        "y", 1, torch.ones(4)
-    )
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -48,7 +48,7 @@ def test_every_launch_configuration_is_one_that_accelerate_reads(path):
         ({"train": {"steps": 0}}, "'train.steps': .*greater than 0"),
         ({"name": None}, "'name': "),
         ({"train": {"mask": {"share": 0.25}, "refusal": {"weight": 0}}}, "mask.share 0.25 without refusal.weight"),
-        ({"train": {"mask": {"share": 0.01}}}, "mask.share 0.01 of 8 refusal.rows is no row"),
+        ({"train": {"mask": {"share": 0.01}}}, "mask.share 0.01 of 8 harmful rows is no row"),
         ({"train": {"mask": {"locator": "random", "relocate_every": 3}}}, "drawn for every row anyway"),
         ({"train": {"mask": {"neurons": 0}}}, "'train.mask.neurons': "),
         ({"train": {"spread": {"order": 3}}}, "'train.spread.order': "),

@@ -286,7 +286,8 @@ def test_two_processes_reach_the_same_outcomes(finished, environment, tmp_path):
 
 def test_sharded_weights_reach_the_known_answers(environment, tmp_path):
     """FSDP2 on two CPU processes: the frozen base is sharded, the adapters are whole."""
-    arguments = ["--config", PLANTED, "--train.spread.weight", "0"]
+    arguments = ["--config", PLANTED, "--train.spread.weight", "0", "--train.benign.texts", "2"]
+    arguments += ["--train.margin.weight", "0.2", "--train.margin.attacked", "true", "--train.margin.rows", "5"]
     done = harden(arguments, environment, tmp_path, [*TWO_SHARDS, str(ROOT / "harden/train.py")])
     assert done.returncode == 0, done.stderr
     results = results_of(tmp_path / "runs/planted")
