@@ -270,6 +270,9 @@ class ClampTerm(Section):
     """Steps after which neurons are located and clamps are weighed again."""
     floor: Weight = 0.02
     """Least sampling weight of a coherent clamp beside those that break the model now."""
+    jitter: Annotated[float, Field(ge=1)] = 1.0
+    """Each drawn value is multiplied by a factor from 1 / jitter to jitter, log-uniform, so that what lies between the
+    sizes, and a little beyond them, is trained on, too."""
     groups: Share = 0.0
     """Share of the draws that clamp several neurons at once, whose rises of the benign loss together are at most
     `attack.max_benign_rise`."""
