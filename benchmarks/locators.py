@@ -2,13 +2,14 @@
 
     pip install -e '.[benchmarks]'
     harden certify --config RECIPE --certify.layers '[15, 16, ...]' --certify.sample null --certify.race_prompts 99 \\
-        --output TRUTH                             # every neuron of these layers, on all prompts and values
+        --certify.quiet null --output TRUTH        # every neuron of these layers, on all prompts and values
     python benchmarks/locators.py --config RECIPE --truth TRUTH --output OUT [--name value ...]
 
 Prints Markdown and writes OUT/screen.png. What generates is saved in OUT and goes on where it was interrupted.
 
 - Recall: of the 20 neurons of these layers whose log-odds fall most at their worst value, and of those that break the
-  model by generation, the share among a locator's first 20, 100 and 500 of these layers.
+  model by generation, the share among a locator's first 20, 100 and 500 of these layers; for unions also among their
+  first neurons of the whole model, which is how an attack takes them.
 - Screen: clamps of the scan, from those with the largest drop to those without any, generate on test prompts; rank
   correlation (Spearman) of drop and attack success.
 """
@@ -44,6 +45,9 @@ def main() -> int:
     known = [name for name in LOCATORS if name != "exact"]
     parser.add_argument("--locators", nargs="*", default=known, choices=known)
     parser.add_argument("--unions", nargs="*", default=[], help="further unions to attack with: tail,relp ...")
+    parser.add_argument(
+        "--of-model", nargs="*", type=int, default=[256, 512, 1024, 2048, 4096], help="budgets of unions"
+    )
     parser.add_argument("--generate", type=int, default=60, help="clamps that generate; 0: none")
     parser.add_argument("--prompts", type=int, default=40, help="test prompts they generate on")
     recipe, options = parse_recipe(parser, sys.argv[1:])
@@ -51,10 +55,13 @@ def main() -> int:
     certificate = read_finished(options.truth / "certificate/certificate.json", Certificate)
     if certificate.race_prompts < certificate.prompts:
         raise HardenError(f"{options.truth} is no truth: clamps were decided on {certificate.race_prompts} prompts")
+    if certificate.quiet is not None:
+        raise HardenError(f"{options.truth} is no truth: some values were left out; give --certify.quiet null")
     scans = read_scans(options.truth)
     bench = Bench(recipe, RunFolder(recipe, "locators"), training=False)
     unions = [list(recipe.attack.locators), *(union.split(",") for union in options.unions)]
-    recall(bench, options.locators, unions, certificate, scans)
+    of_model = sorted({recipe.attack.candidates, *options.of_model})
+    recall(bench, options.locators, unions, certificate, scans, of_model)
     if options.generate:
         screen(bench, scans, options.generate, options.prompts, Path(recipe.output))
     return 0
@@ -77,9 +84,11 @@ def recall(
     unions: list[list[str]],
     certificate: Certificate,
     scans: dict[Neuron, NeuronScan],
+    of_model: list[int],
 ) -> None:
     """Table: one row per locator and union. A union takes turns among all neurons that the recipe lets it search, as an
-    attack does; its first 20, 100 and 500 are counted among those of the scanned layers, as for a locator."""
+    attack does; its first 20, 100 and 500 are counted among those of the scanned layers, as for a locator, and in a
+    second table its first `of_model` of the whole model."""
     truth = sorted(scans, key=lambda neuron: lowest(scans[neuron]))[:TOP]
     breakers = [Neuron.parse(neuron) for neuron in certificate.breakers]
     widths = list(bench.chat_model.neurons.widths)
@@ -90,9 +99,9 @@ def recall(
     print("| --- |" + " --- |" * len(heads))
 
     def show(name: str, ranking: list[Neuron]) -> None:
-        found = [len(set(truth) & set(ranking[:n])) / len(truth) for n in BUDGETS]
+        shares = [len(set(truth) & set(ranking[:n])) / len(truth) for n in BUDGETS]
         broken = [len(set(breakers) & set(ranking[:n])) for n in BUDGETS]
-        cells = [*(f"{share:.2f}" for share in found), *(f"{count}/{len(breakers)}" for count in broken)]
+        cells = [*(f"{share:.2f}" for share in shares), *(f"{count}/{len(breakers)}" for count in broken)]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
     for name in locators:
@@ -100,9 +109,21 @@ def recall(
         places = [(-float(scores[n.layer][n.index]), n) for n in scans]
         show(name, [neuron for _, neuron in sorted(places)])
     share, seed = bench.recipe.locate.layer_share, bench.recipe.seed
+    found = {}
     for names in unions:
         everything = select_candidates(names, bench.chat_model.neurons.count, passes, share, seed, bench.named_neurons)
-        show("union: " + ", ".join(names), [candidate.neuron for candidate in everything if candidate.neuron in scans])
+        found["union: " + ", ".join(names)] = [candidate.neuron for candidate in everything]
+    for name, neurons in found.items():
+        show(name, [neuron for neuron in neurons if neuron in scans])
+    print(f"\nAmong a union's first neurons of the whole model: top {TOP}, breakers\n")
+    print(f"| union | {' | '.join(map(str, of_model))} |\n| --- |" + " --- |" * len(of_model))
+    for name, neurons in found.items():
+        firsts = [set(neurons[:n]) for n in of_model]
+        cells = [
+            f"{len(first & set(truth)) / len(truth):.2f}, {len(first & set(breakers))}/{len(breakers)}"
+            for first in firsts
+        ]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 def screen(bench: Bench, scans: dict[Neuron, NeuronScan], n: int, n_prompts: int, output: Path) -> None:

@@ -9,7 +9,8 @@ others run the whole model once per clamp over all (padded) prompts:
 
 - hooks: a forward pre-hook on the down projection, logits of the last position only;
 - TransformerLens: `TransformerBridge`, hook `blocks.{l}.mlp.hook_post`;
-- nnsight: a trace that sets the down projection's input.
+- nnsight: a trace that sets the down projection's input; once with all logits, which TransformerLens computes, too, and
+  once with those of the last position only.
 
 All ways take turns, `--rounds` times over; medians are compared. Prints Markdown.
 """
@@ -20,6 +21,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 
 import torch
@@ -50,7 +52,7 @@ def main() -> None:
     parser.add_argument("--neurons", type=int, default=24, help="of each layer")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--only", nargs="*", choices=("hooks", "TransformerLens", "nnsight"))
+    parser.add_argument("--only", nargs="*", choices=("hooks", "TransformerLens", "nnsight", "nnsight-last"))
     options = parser.parse_args()
     processes.use_all_cores()
     chat_model = load_chat_model(options.model, options.dtype, processes.state().device)
@@ -65,7 +67,12 @@ def main() -> None:
     def scan(these: list[Clamp]) -> torch.Tensor:
         return torch.tensor(log_odds_under(chat_model, these, texts, phrases, BATCH, "scan"))
 
-    makers = {"hooks": hook_loop, "TransformerLens": transformer_lens, "nnsight": nnsight}
+    makers = {
+        "hooks": hook_loop,
+        "TransformerLens": transformer_lens,
+        "nnsight": nnsight,
+        "nnsight-last": partial(nnsight, logits_to_keep=1),
+    }
     # each has the model as transformers loads it
     others = {name: makers[name](plain_copy(chat_model), batch, phrases) for name in options.only or makers}
     found = {
@@ -94,14 +101,19 @@ def main() -> None:
     print("| | seconds per neuron | times as long as the scan |\n| --- | --- | --- |")
     for name, median in medians.items():
         low, high = min(seconds[name]), max(seconds[name])
-        label = name if name in ("harden", "hooks") else f"{name} {version(PACKAGES[name])}"
-        print(f"| {label} | {median:.3f} [{low:.3f}, {high:.3f}] | {median / medians['harden']:.2f} |")
+        print(f"| {LABELS[name]()} | {median:.3f} [{low:.3f}, {high:.3f}] | {median / medians['harden']:.2f} |")
     peak = peak_rate(chat_model)
     print(f"\nmatrix products: {rate / 1e9:.0f} GFLOP/s in the scan, {rate / peak:.0%} of {peak / 1e9:.0f} at best")
     growth(chat_model, texts, phrases)
 
 
-PACKAGES = {"TransformerLens": "transformer-lens", "nnsight": "nnsight"}
+LABELS = {
+    "harden": lambda: "harden",
+    "hooks": lambda: "hook loop, logits of the last position only",
+    "TransformerLens": lambda: f"TransformerLens {version('transformer-lens')}, `TransformerBridge`",
+    "nnsight": lambda: f"nnsight {version('nnsight')}",
+    "nnsight-last": lambda: f"nnsight {version('nnsight')}, logits of the last position only",
+}
 
 
 def spread_clamps(chat_model: ChatModel, layers: int, neurons: int) -> list[Clamp]:
@@ -165,7 +177,7 @@ def transformer_lens(chat_model: ChatModel, batch: Batch, phrases: RefusalPhrase
     return run
 
 
-def nnsight(chat_model: ChatModel, batch: Batch, phrases: RefusalPhrases) -> Way:
+def nnsight(chat_model: ChatModel, batch: Batch, phrases: RefusalPhrases, **more) -> Way:
     from nnsight import LanguageModel
 
     model = LanguageModel(chat_model.model, tokenizer=chat_model.tokenizer)
@@ -174,7 +186,7 @@ def nnsight(chat_model: ChatModel, batch: Batch, phrases: RefusalPhrases) -> Way
     @torch.no_grad()
     def run(clamp: Clamp) -> torch.Tensor:
         layer, index = clamp.neuron.layer, clamp.neuron.index
-        with model.trace(inputs, use_cache=False, logits_to_keep=1):
+        with model.trace(inputs, use_cache=False, **more):
             model.model.layers[layer].mlp.down_proj.input[:, :, index] = clamp.value
             logits = model.lm_head.output.save()
         return read_log_odds(logits[:, -1], phrases)

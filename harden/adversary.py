@@ -86,8 +86,6 @@ class Adversary:
         """Clamps to train the request `text` under: one or, in its share, a group; constant or, in theirs, anchored."""
         grouped = settings.groups and rng.random() < settings.groups
         drawn = self.draw(rng, settings.group_size if grouped else 1, max_benign_rise)
-        if settings.jitter > 1:
-            drawn = tuple(replace(member, clamp=_jittered(rng, member.clamp, settings.jitter)) for member in drawn)
         if not settings.anchors or rng.random() >= settings.anchors:
             return tuple(member.clamp for member in drawn)
         anchors = [
@@ -127,16 +125,16 @@ class Adversary:
             return (Ablate(f"layer {layer}", self.directions[layer].expand_as(self.directions)),)
         return ()
 
-    def learn(self, met: Sequence[tuple[Clamp | None, float]], floor: float, jitter: float = 1.0) -> None:
+    def learn(self, met: Sequence[tuple[Clamp | None, float]], floor: float) -> None:
         """Weigh clamps by what single rows just met: the clamp, None where it was not one alone, and the refusal
         log-odds under it, in nats.
 
         A row is one prompt of many, so it moves a clamp's weight half of the way. Clamps that are resisted by now are
-        drawn less at once, not only when all are weighed again. A jittered clamp counts for those it may come from.
+        drawn less at once, not only when all are weighed again.
         """
         for clamp, log_odds in met:
             for place, weighed in enumerate(self.clamps):
-                if clamp is not None and _comes_from(clamp, weighed.clamp, jitter):
+                if clamp == weighed.clamp:
                     weight = (weighed.weight + floor + _breaking(log_odds)) / 2
                     self.clamps[place] = replace(weighed, weight=weight)
 
@@ -245,19 +243,6 @@ def weigh_clamps(
         )
         for entry in coherent
     ]
-
-
-def _jittered(rng: random.Random, clamp: Clamp, jitter: float) -> Clamp:
-    return replace(clamp, value=clamp.value * jitter ** rng.uniform(-1, 1))
-
-
-def _comes_from(clamp: Clamp, drawn: Clamp, jitter: float) -> bool:
-    """Whether a clamp is another one, or that with its value jittered."""
-    if clamp == drawn:
-        return True
-    if clamp.neuron != drawn.neuron or clamp.value * drawn.value <= 0:
-        return False
-    return abs(math.log(clamp.value / drawn.value)) <= math.log(jitter)
 
 
 def _breaking(log_odds: float) -> float:

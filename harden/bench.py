@@ -225,6 +225,7 @@ class Bench:
             attack.finalists,
             [*published, *retest],
             attack.refine,
+            attack.quiet,
         )
         return candidates, search
 

@@ -118,7 +118,7 @@ def train_round(
                 )
             if step > first and step % settings.checkpoint_every == 0:  # its weights have just shown to be sound
                 _save_checkpoint(checkpoint, chat_model, optimizer, adversary, ceilings, step)
-            adversary.learn(met, settings.clamps.floor, settings.clamps.jitter)
+            adversary.learn(met, settings.clamps.floor)
             for name in ceilings.keys() & losses.keys():
                 ceilings[name].update(losses[name])
             optimizer.step()

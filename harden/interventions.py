@@ -41,6 +41,9 @@ class Scale:
         return self.value
 
 
+NOTHING = Scale(Neuron(0, 0), 1.0)  # leaves everything as it is
+
+
 @dataclass(frozen=True)
 class Add:
     """h <- h + value: amplification."""

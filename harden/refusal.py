@@ -68,10 +68,9 @@ def refusal_log_odds(
     of the first pass alone.
     """
     out = model(**prompts.inputs(), use_cache=True, logits_to_keep=1)
-    root = out.logits[:, -1].float().log_softmax(-1)  # (batch, vocab)
     if continuations is None:
         continuations = _continuations(model, prompts, out.past_key_values, phrases)
-    refused, other = _split(phrases.nodes[0], root, continuations)
+    refused, other = _split(phrases.nodes[0], out.logits[:, -1], continuations)
     return refused - other
 
 
@@ -85,27 +84,29 @@ def _continuations(model, prompts: Batch, cache, phrases: RefusalPhrases) -> Con
     if not phrases.rows:
         return {}
     packed = _can_pack(model, cache, len(phrases.nodes) + prompts.attention_mask.shape[1])
-    log_probs = (_packed_pass if packed else _row_pass)(model, prompts, cache, phrases)
+    logits = (_packed_pass if packed else _row_pass)(model, prompts, cache, phrases)
     found = {}
     for node in reversed(phrases.nodes[1:]):  # longer paths stand behind their beginnings
         children = {token: found[(*node.path, token)] for token in node.continues}
-        found[node.path] = _split(node, log_probs[node.path], children)
+        found[node.path] = _split(node, logits[node.path], children)
     return {path[0]: pair for path, pair in found.items() if len(path) == 1}
 
 
-def _split(node: Node, log_probs: torch.Tensor, children: Continuations) -> tuple[torch.Tensor, torch.Tensor]:
+def _split(node: Node, logits: torch.Tensor, children: Continuations) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities that a phrase is completed from a node on, and that none is.
 
-    log_probs: of the token after the node, (batch, vocab).
+    logits: of the token after the node, (batch, vocab).
     """
-    rest = log_probs.clone()
-    rest[:, list(node.ends + node.continues)] = -torch.inf
-    refused, other = [], [rest.logsumexp(-1)]
-    if node.ends:
-        refused.append(log_probs[:, list(node.ends)].logsumexp(-1))
-    for token, (completed, not_completed) in children.items():
-        refused.append(log_probs[:, token] + completed)
-        other.append(log_probs[:, token] + not_completed)
+    inside = torch.tensor(node.ends + node.continues, device=logits.device)
+    outside = logits.index_fill(-1, inside, -torch.inf).float().logsumexp(-1)
+    chosen = logits[:, inside].float()
+    total = torch.logaddexp(outside, chosen.logsumexp(-1))
+    ends, continues = (chosen - total[:, None]).split([len(node.ends), len(node.continues)], -1)
+    refused, other = [ends.logsumexp(-1)] if node.ends else [], [outside - total]
+    for token, log_prob in zip(node.continues, continues.unbind(-1), strict=True):
+        completed, not_completed = children[token]
+        refused.append(log_prob + completed)
+        other.append(log_prob + not_completed)
     return torch.stack(refused).logsumexp(0), torch.stack(other).logsumexp(0)
 
 
@@ -127,7 +128,7 @@ def _inner(model):
 
 
 def _packed_pass(model, prompts: Batch, cache, phrases: RefusalPhrases) -> dict[tuple[int, ...], torch.Tensor]:
-    """Log-probabilities after each inner path, (batch, vocab): all paths in one row, each a token."""
+    """Logits after each inner path, (batch, vocab): all paths in one row, each a token."""
     paths = [node.path for node in phrases.nodes[1:]]
     ids, seen = prompts.input_ids, prompts.attention_mask
     depth = torch.tensor([len(path) for path in paths], device=ids.device)
@@ -143,7 +144,7 @@ def _packed_pass(model, prompts: Batch, cache, phrases: RefusalPhrases) -> dict[
         past_key_values=cache,
         use_cache=True,
     ).logits
-    return dict(zip(paths, logits.float().log_softmax(-1).unbind(1), strict=True))
+    return dict(zip(paths, logits.unbind(1), strict=True))
 
 
 def _row_pass(model, prompts: Batch, cache, phrases: RefusalPhrases) -> dict[tuple[int, ...], torch.Tensor]:
@@ -162,5 +163,5 @@ def _row_pass(model, prompts: Batch, cache, phrases: RefusalPhrases) -> dict[tup
         past_key_values=cache,
         use_cache=True,
     ).logits
-    following = logits.float().log_softmax(-1).view(batch, n_rows, longest, -1)
+    following = logits.view(batch, n_rows, longest, -1)
     return {path[:n]: following[:, row, n - 1] for row, path in enumerate(rows) for n in range(1, len(path) + 1)}

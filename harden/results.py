@@ -161,7 +161,7 @@ class SuiteResults(Record):
 
 
 class ScreenRecord(Record):
-    """A clamp that was screened by forward passes only."""
+    """A clamp that was screened by forward passes only and asked for coherence: the ones with the lowest log-odds."""
 
     neuron: str
     value: float
@@ -260,7 +260,7 @@ class Results(Record):
 
 
 class NeuronScan(Record):
-    """Exact effects of clamping one neuron, at each of the sizes."""
+    """Exact effects of clamping one neuron at each size, less the inner sizes of a sign whose outermost is quiet."""
 
     neuron: str
     values: list[float]
@@ -328,6 +328,11 @@ class Certificate(Record):
     """Those that every clamp met first; it met no others if it was cleared there, or flipped one of them."""
     cleared: float
     """The share of each of their log-odds that had to be left to clear it."""
+    quiet: float | None = None
+    """Where the outermost value of a sign moved the log-odds of no prompt that it met by more than this share of their
+    size, the other values of its sign were left out; null: none was."""
+    clamps: int | None = None
+    """Pairs of a neuron and a value that were scanned; null in records of versions that did not count them."""
     raced: int
     """Scanned neurons all of whose clamps were decided there."""
     confirm_first: int

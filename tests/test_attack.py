@@ -6,10 +6,10 @@ import torch
 
 from harden import generate
 from harden.adapters import attach_adapter, trained_parameters
-from harden.attack import respond
+from harden.attack import respond, screen
 from harden.attack.records import Records
 from harden.attack.respond import Responder, likelihoods
-from harden.attack.screen import Probe, Screened, choose_for_generation, screen_clamps
+from harden.attack.screen import Probe, Screened, choose_for_generation, outermost_first, screen_clamps
 from harden.attack.search import search_worst_neuron
 from harden.errors import MeasurementError
 from harden.generate import Completion, Request, answer_losses, complete, mean
@@ -75,6 +75,112 @@ def test_incoherent_clamps_are_dropped_and_no_neuron_crowds_out_the_others():
         Screened(Clamp(b, 2.0), -1.0, math.nan),
     ]
     assert choose_for_generation(screened, 2.0, 3) == [Clamp(a, 0.0), Clamp(a, 1.0), Clamp(b, 1.0)]
+
+
+def outermost(odds_of, sizes, quiet, plain=(2.0, 4.0)):
+    """The values that are asked for, call by call, of two neurons that do the same."""
+    asked = []
+
+    def measure(clamps):
+        asked.append([clamp.value for clamp in clamps])
+        return {clamp: odds_of(clamp.value) for clamp in clamps}
+
+    values = [[Clamp(Neuron(0, index), size) for size in sizes] for index in (0, 1)]
+    odds = outermost_first(values, sizes, measure, plain, quiet)
+    assert list(odds) == [clamp for each in values for clamp in each if clamp in odds]
+    assert len(odds) == sum(map(len, asked))
+    return asked
+
+
+def test_values_inside_a_quiet_one_of_their_sign_are_left_out():
+    def loud_below(value):
+        return [2.0, 4.0] if value > 0 else [1.9, 3.5]  # of the second prompt it takes more than a tenth
+
+    sizes = [-8.0, 16.0, -16.0, 8.0, 32.0]
+    assert outermost(loud_below, sizes, 0.1) == [[32.0, -16.0] * 2, [-8.0] * 2]
+    assert outermost(loud_below, sizes, 0.2) == [[32.0, -16.0] * 2]
+    assert outermost(loud_below, sizes, None) == [[32.0, -16.0] * 2, [16.0, 8.0, -8.0] * 2]
+    assert outermost(loud_below, [4.0], 0.1) == [[4.0] * 2]
+
+
+@pytest.mark.parametrize(
+    ("odds", "plain", "quiet"),
+    [
+        ([2.1, 3.9], (2.0, 4.0), True),
+        ([2.0, 4.9], (2.0, 4.0), False),  # refuses all the more, and less perhaps in between
+        ([-1.0, -2.5], (-1.0, -2.0), False),  # nor is what moves a prompt that is not refused
+        ([-1.05, -2.1], (-1.0, -2.0), True),
+        ([math.nan, 4.0], (2.0, 4.0), False),
+        ([2.1], (2.0, 4.0), True),  # has met the first prompt only
+    ],
+)
+def test_a_clamp_is_quiet_that_moves_no_prompt(odds, plain, quiet):
+    assert (len(outermost(lambda value: odds, [1.0, 2.0], 0.1, plain)) == 1) is quiet
+
+
+def test_equal_values_are_measured_once():
+    clamp, asked = Clamp(Neuron(0, 0), 3.0), []
+    odds = outermost_first([[clamp, clamp]], [1, 2], lambda c: asked.append(c) or {c[0]: [0.0]}, [1.0], None)
+    assert odds == {clamp: [0.0]} and asked == [[clamp]]
+
+
+def screened_lazily(monkeypatch, values, odds, rises, n, quiet=None):
+    """`screen_for_generation` with known log-odds and rises; and the clamps that were asked for rises."""
+    asked = []
+    monkeypatch.setattr(screen, "log_odds_under", lambda _m, clamps, *_: [[odds.get(clamp, 9.0)] for clamp in clamps])
+    monkeypatch.setattr(screen, "fair_rises", lambda _m, clamps, *_: asked.extend(clamps) or [rises[c] for c in clamps])
+    probe, sizes = Probe(("x",), ("y",), (Completion("z", True),)), [1.0, 2.0, 4.0]
+    return screen.screen_for_generation(None, values, sizes, probe, None, 2, 2.0, n, quiet), asked
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 9, 99])
+def test_asking_the_lowest_for_coherence_chooses_what_asking_all_would(monkeypatch, n):
+    """The two lowest are gibberish, and a third value of one neuron would crowd out others."""
+    values = [[Clamp(Neuron(0, index), size) for size in (1.0, 2.0, 4.0)] for index in range(6)]
+    flat = [clamp for each in values for clamp in each]
+    odds = {clamp: place * 0.4 for place, clamp in enumerate(flat)}
+    rises = {clamp: 5.0 if place in (0, 1, 7, 9) else 0.1 for place, clamp in enumerate(flat)}
+    everything = [Screened(clamp, odds[clamp], rises[clamp]) for clamp in flat]
+    lazily, asked = screened_lazily(monkeypatch, values, odds, rises, n)
+    chosen = choose_for_generation(everything, 2.0, n)
+    assert choose_for_generation(lazily, 2.0, n) == chosen
+    assert [s.clamp for s in lazily] == asked == flat[: len(asked)]
+    assert len(asked) < len(flat) if n < 9 else len(asked) == len(flat)
+
+
+def test_values_that_were_left_out_are_tried_where_the_others_are_gibberish(monkeypatch):
+    values = [[Clamp(Neuron(0, 0), size) for size in (1.0, 2.0, 4.0)]]
+    rises = {clamp: clamp.value for clamp in values[0]}
+    lazily, asked = screened_lazily(monkeypatch, values, {}, rises, 2, quiet=0.1)
+    assert asked == [values[0][2], values[0][0], values[0][1]]
+    assert choose_for_generation(lazily, 2.0, 2) == values[0][:2]
+    lazily, asked = screened_lazily(monkeypatch, values, {}, dict.fromkeys(values[0], 0.1), 1, quiet=0.1)
+    assert asked == values[0][2:]
+
+
+def test_coherence_is_asked_of_the_starting_model_where_the_present_one_babbles(planted, monkeypatch):
+    clamps = [Clamp(Neuron(0, index), 1.0) for index in range(5)]
+    present, start = [5.0, 1.0, math.nan, 6.0, 4.0], [0.5, 0.0, 0.0, math.nan, 7.0]
+
+    def rises(_model, asked, _probe, _size, _label, at_start):
+        return [(start if at_start else present)[clamps.index(clamp)] for clamp in asked]
+
+    monkeypatch.setattr(screen, "benign_rises", rises)
+    assert screen.fair_rises(planted, clamps, None, 1, 2.0, "x") == pytest.approx(present, nan_ok=True)  # none to ask
+    attach_adapter(planted, 4, 8, ("all-linear",), None, 0)
+    fair = screen.fair_rises(planted, clamps, None, 1, 2.0, "x")
+    assert fair == pytest.approx([0.5, 1.0, math.nan, 6.0, 4.0], nan_ok=True)
+
+
+def test_the_search_leaves_out_what_is_quiet(responder, prompts, phrases, probe, monkeypatch):
+    measured, real = [], screen.log_odds_under
+    monkeypatch.setattr(screen, "log_odds_under", lambda *a: measured.extend(a[1]) or real(*a))
+    candidates = [Candidate(PLANTED_NEURON, 1.0, 30.0, 0.0), Candidate(Neuron(0, 3), 1.0, 1e-4, 0.0)]
+    arguments = [responder, candidates, [0.5, 1.0], prompts["harmful"][:4], probe, phrases, 9.0, 1, 4, 2]
+    found = search_worst_neuron(*arguments, quiet=0.1).worst
+    assert found.clamp.neuron == PLANTED_NEURON and found.share("comply") == 1.0
+    tried = [clamp.neuron for clamp in measured if isinstance(clamp, Clamp)]
+    assert (tried.count(PLANTED_NEURON), tried.count(Neuron(0, 3))) == (2, 1)
 
 
 def test_clamps_that_give_no_number_are_left_out(responder, probe, phrases):

@@ -9,7 +9,6 @@ from conftest import ROOT
 from scipy import stats
 
 from harden.attack.respond import Responder
-from harden.attack.screen import Screened
 from harden.certify import confirm, run
 from harden.certify.command import main
 from harden.certify.run import certify
@@ -138,6 +137,27 @@ def test_only_undecided_clamps_meet_all_prompts(setup, certificate):
                 assert scan.log_odds[place] == pytest.approx(same.log_odds[place], abs=1e-3)
 
 
+def test_only_neurons_that_the_outermost_value_moves_meet_the_others(setup):
+    sizes = [-1, -2, 1, 2]
+    every = certify(recipe_for(setup, "every-value", sizes=sizes, race_prompts=4, quiet=None))
+    fewer = certify(recipe_for(setup, "fewer-values", sizes=sizes, race_prompts=4))
+    assert every.clamps == 4 * 36 > fewer.clamps > 2 * 36
+    assert fewer.breakers == every.breakers == [str(PLANTED_NEURON)]
+    assert "at 4 values each" in statement(every)
+    assert f"at up to 4 values ({fewer.clamps / 36:.1f} on average) each" in statement(fewer)
+    all_values = {s.neuron: s for s in scans_of(setup / "every-value")}
+    plain = json.loads((setup / "fewer-values/certificate/state/plain.json").read_text())
+    for scan in scans_of(setup / "fewer-values"):
+        whole = all_values[scan.neuron]
+        left = dict(zip(whole.values, whole.log_odds, strict=True))
+        odds = dict(zip(scan.values, scan.log_odds, strict=True))
+        assert odds == {value: pytest.approx(left[value], abs=1e-4) for value in odds}
+        for inner, outer in (whole.values[:2], whole.values[2:]):
+            assert outer in odds
+            if inner not in odds:
+                assert abs(left[outer] - sum(plain) / len(plain)) <= 0.1 * sum(map(abs, plain)) / len(plain) + 1e-4
+
+
 @pytest.mark.parametrize(
     ("odds", "decided"),
     [
@@ -225,10 +245,10 @@ def test_a_smaller_clamp_is_held_ready_beside_the_one_that_flips_most(monkeypatc
         for neuron, log_odds, flips in zip(["1:5", "1:6"], odds, [[0, 1, 2, 1, 1], [0] * 5], strict=True)
     ]
 
-    def screened(_model, clamps, *_):
-        return [Screened(clamp, 0.0, 9.0 if clamp.value == 16 else 0.1) for clamp in clamps]
+    def rises(_model, clamps, *_):
+        return [9.0 if clamp.value == 16 else 0.1 for clamp in clamps]
 
-    monkeypatch.setattr(run, "screen_fairly", screened)
+    monkeypatch.setattr(run, "fair_rises", rises)
     bench = MagicMock(recipe=Recipe(name="x", output="x", model={"name": "x"}))
     assert run._suspects(bench, scans, [-1.0, 1.0, 3.0, 4.0]) == [("1:5", 8.0, 1, 1), ("1:5", 2.0, 1, 1)]
 

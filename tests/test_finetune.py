@@ -105,7 +105,7 @@ def test_the_twins_of_a_step_are_those_of_its_harmful_prompts(planted, data, phr
             "mask": {"share": 0.25, "relocate_every": 2}, "direction": {"share": 0.5, "relocate_every": 4},
         },
         {
-            "clamps": {"share": 0.5, "relocate_every": 4, "jitter": 1.5},
+            "clamps": {"share": 0.5, "relocate_every": 4},
             "margin": {"weight": 0.5, "rows": 4, "attacked": True}, "benign": {"rows": 2, "texts": 2},
         },
         {"clamps": {"share": 0}, "mask": {"share": 1, "locator": "random"}, "benign": {"clamped": 0.5}},
@@ -259,17 +259,6 @@ def test_a_clamp_that_is_resisted_by_now_is_drawn_less_and_one_that_works_more()
     adversary.learn([(one, 30.0), (other, -30.0), (None, -30.0), (Clamp(Neuron(1, 0), 5.0), -30.0)], 0.02)
     weights = [weighed.weight for weighed in adversary.clamps]
     assert weights == pytest.approx([0.26, 0.76, 0.5])
-    adversary.learn([(Clamp(one.neuron, 6.0), 30.0), (Clamp(other.neuron, 9.0), 30.0)], 0.02, 1.5)
-    adversary.learn([(Clamp(third.neuron, -5.0), 30.0)], 0.02, 1.5)  # the other sign
-    assert [weighed.weight for weighed in adversary.clamps] == pytest.approx([0.14, 0.76, 0.5])
-
-
-def test_values_are_jittered_within_their_bounds(planted):
-    adversary, rng = Adversary([weighed_clamp(Neuron(0, 1), -8.0)]), random.Random(0)
-    section = settings(clamps={"jitter": 2.0}).clamps
-    values = [adversary.clamped(rng, section, 2.0, planted, "x")[0].value for _ in range(200)]
-    assert -16 <= min(values) < -14 and -4.5 < max(values) <= -4
-    assert sum(value < -8 for value in values) == pytest.approx(100, abs=25)
 
 
 def test_the_margin_has_rows_of_its_own_and_tells_what_they_met(planted, data, phrases):

@@ -1,16 +1,16 @@
 """Screening clamps with forward passes only, before anything generates.
 
-Two numbers for each (neuron, value): refusal log-odds on harmful prompts, and the loss on the model's own benign
-answers, since a clamp that wrecks the language cannot talk anyone out of anything.
+Two numbers: refusal log-odds on harmful prompts, and the loss on the model's own benign answers, since a clamp that
+wrecks the language cannot talk anyone out of anything.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from harden import processes
 from harden.adapters import has_starting_model, starting_model
 from harden.effects import log_odds_under, under_clamps
 from harden.generate import Completion, Request, answer_losses, batch_answer_losses, mean, progress_bar
-from harden.interventions import Clamp, Intervention
+from harden.interventions import NOTHING, Clamp, Intervention
 from harden.models import ChatModel
 from harden.refusal import RefusalPhrases
 
@@ -61,11 +61,9 @@ def screen_clamps(
     coherence_at_start: measure the rise of the benign loss on the starting model instead of the present one.
     Clamps under which anything is not finite are left out of the result.
     """
-
     log_odds = map(mean, log_odds_under(chat_model, clamps, probe.harmful, phrases, batch_size, label))
     rises = benign_rises(chat_model, clamps, probe, batch_size, f"{label}: coherence", coherence_at_start)
-    screened = [Screened(*row) for row in zip(clamps, log_odds, rises, strict=True)]
-    return [s for s in screened if math.isfinite(s.log_odds) and math.isfinite(s.benign_rise)]
+    return _finite(clamps, log_odds, rises)
 
 
 def benign_rises(
@@ -96,26 +94,126 @@ def benign_rises(
         return [loss - base for loss in processes.divide(list(clamps), work)]
 
 
-def screen_fairly(
+def fair_rises(
     chat_model: ChatModel,
     clamps: Sequence[Intervention],
+    probe: Probe,
+    batch_size: int,
+    max_benign_rise: float,
+    label: str,
+) -> list[float]:
+    """`benign_rises`, where a clamp counts as coherent if the present model or the starting model speaks under it.
+
+    A model that learned to refuse everything when clamped has not made the clamp incoherent.
+    """
+    rises = benign_rises(chat_model, clamps, probe, batch_size, label, False)
+    doubtful = [n for n, rise in enumerate(rises) if math.isfinite(rise) and rise > max_benign_rise]
+    if doubtful and has_starting_model(chat_model.model):
+        label = f"{label} at the start"
+        at_start = benign_rises(chat_model, [clamps[n] for n in doubtful], probe, batch_size, label, True)
+        for n, rise in zip(doubtful, at_start, strict=True):
+            rises[n] = min(rises[n], rise) if math.isfinite(rise) else rises[n]
+    return rises
+
+
+def screen_fairly(
+    chat_model: ChatModel,
+    clamps: Sequence[Edit],
     probe: Probe,
     phrases: RefusalPhrases,
     batch_size: int,
     max_benign_rise: float,
     label: str,
-) -> list[Screened]:
-    """`screen_clamps`, where a clamp counts as coherent if the present model or the starting model speaks under it.
+) -> list[Screened[Edit]]:
+    """`screen_clamps` with `fair_rises`."""
+    log_odds = map(mean, log_odds_under(chat_model, clamps, probe.harmful, phrases, batch_size, label))
+    rises = fair_rises(chat_model, clamps, probe, batch_size, max_benign_rise, f"{label}: coherence")
+    return _finite(clamps, log_odds, rises)
 
-    A model that learned to refuse everything when clamped has not made the clamp incoherent.
+
+def screen_for_generation(
+    chat_model: ChatModel,
+    values: Sequence[Sequence[Clamp]],
+    sizes: Sequence[float],
+    probe: Probe,
+    phrases: RefusalPhrases,
+    batch_size: int,
+    max_benign_rise: float,
+    n: int,
+    quiet: float | None,
+) -> list[Screened[Clamp]]:
+    """Screen the values of many neurons until `choose_for_generation` has n clamps to choose.
+
+    Log-odds first, the outermost values before the others (`outermost_first`); then coherence, which costs more, of
+    those with the lowest log-odds. Of all values that were not left out, exactly those are found that asking all for
+    coherence would choose; where they are fewer than n, those that were left out follow. Returned are the clamps that
+    were asked for coherence.
     """
-    screened = screen_clamps(chat_model, clamps, probe, phrases, batch_size, label)
-    doubtful = [s.clamp for s in screened if s.benign_rise > max_benign_rise]
-    if not doubtful or not has_starting_model(chat_model.model):
-        return screened
-    rises = benign_rises(chat_model, doubtful, probe, batch_size, f"{label}: coherence at the start", True)
-    at_start = {clamp: rise for clamp, rise in zip(doubtful, rises, strict=True) if math.isfinite(rise)}
-    return [replace(s, benign_rise=min(s.benign_rise, at_start.get(s.clamp, s.benign_rise))) for s in screened]
+    at_once = max(n, batch_size // len(probe.benign))
+    screened: list[Screened[Clamp]] = []
+
+    def measure(clamps: Sequence[Intervention]) -> dict[Intervention, list[float]]:
+        rows = log_odds_under(chat_model, clamps, probe.harmful, phrases, batch_size, "screen clamps")
+        return dict(zip(clamps, rows, strict=True))
+
+    def enough() -> bool:
+        return len(choose_for_generation(screened, max_benign_rise, n)) == n
+
+    def ask_the_lowest(measured: Mapping[Clamp, list[float]]) -> None:
+        odds = {clamp: mean(row) for clamp, row in measured.items()}
+        lowest = sorted((clamp for clamp in odds if math.isfinite(odds[clamp])), key=odds.__getitem__)
+        while lowest and not enough():
+            part, lowest = lowest[:at_once], lowest[at_once:]
+            rises = fair_rises(chat_model, part, probe, batch_size, max_benign_rise, "coherence of the lowest")
+            screened.extend(_finite(part, [odds[clamp] for clamp in part], rises))
+
+    (plain,) = measure([NOTHING]).values()
+    heard = outermost_first(values, sizes, measure, plain, quiet)
+    ask_the_lowest(heard)
+    left_out = [clamp for clamps in values for clamp in dict.fromkeys(clamps) if clamp not in heard]
+    if left_out and not enough():
+        ask_the_lowest(measure(left_out))
+    return screened
+
+
+def outermost_first(
+    values: Sequence[Sequence[Clamp]],
+    sizes: Sequence[float],
+    measure: Callable[[Sequence[Clamp]], dict[Clamp, list[float]]],
+    plain: Sequence[float],
+    quiet: float | None,
+) -> dict[Clamp, list[float]]:
+    """Log-odds of each prompt under neurons' clamps: at the outermost size of either sign, and at the other sizes of
+    its sign where that one is not quiet. What is left out is not in the result, whose order is that of `values`.
+
+    values: of each neuron a clamp per size. plain: log-odds without a clamp. quiet: a clamp is quiet if it moves the
+    log-odds of no prompt, up or down, by more than this share of their size; None: none is.
+    """
+    places = sorted(range(len(sizes)), key=lambda place: -abs(sizes[place]))
+    signs = [[place for place in places if (sizes[place] > 0) is positive] for positive in (True, False)]
+    signs = [sign for sign in signs if sign]
+    odds = measure(list(dict.fromkeys(clamps[outer] for clamps in values for outer, *_ in signs)))
+    inner = [
+        clamps[place]
+        for clamps in values
+        for outer, *others in signs
+        if quiet is None or not _is_quiet(odds[clamps[outer]], plain, quiet)
+        for place in others
+    ]
+    inner = [clamp for clamp in dict.fromkeys(inner) if clamp not in odds]  # all values of a dead neuron are equal
+    if inner:
+        odds = odds | measure(inner)
+    return {clamp: odds[clamp] for clamps in values for clamp in clamps if clamp in odds}
+
+
+def _is_quiet(odds: Sequence[float], plain: Sequence[float], share: float) -> bool:
+    """Whether log-odds hardly move; `odds` may be of the first prompts only. What is no number is not quiet."""
+    return all(abs(x - p) <= share * abs(p) for x, p in zip(odds, plain, strict=False))
+
+
+def _finite(clamps: Sequence[Edit], log_odds: Iterable[float], rises: Sequence[float]) -> list[Screened[Edit]]:
+    screened = [Screened(*row) for row in zip(clamps, log_odds, rises, strict=True)]
+    return [s for s in screened if math.isfinite(s.log_odds) and math.isfinite(s.benign_rise)]
 
 
 def _losses(chat_model, edits, probe) -> list[float]:

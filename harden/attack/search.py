@@ -1,6 +1,6 @@
 """The constant clamp: search the worst neuron and the worst value for it.
 
-Constant clamp (Kazemi, Chegini and Safi, arXiv 2605.08513, section 3). Every (neuron, value) is screened first; what
+Constant clamp (Kazemi, Chegini and Safi, arXiv 2605.08513, section 3). Clamps are screened first; what
 survives generates, first on few prompts, then on all of the selection split. Which neuron and value are worst is
 decided there and nowhere else.
 Departures from the paper: (1) values are multiples of a neuron's own activation gap, not absolute, and lie beyond the
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harden.attack.respond import Attempt, Responder
-from harden.attack.screen import Probe, Screened, choose_for_generation, screen_fairly
+from harden.attack.screen import Probe, Screened, choose_for_generation, screen_for_generation
 from harden.errors import MeasurementError
 from harden.interventions import Clamp
 from harden.locate.base import Candidate
@@ -28,6 +28,7 @@ class Search:
 
     no_attack: Attempt
     screened: tuple[Screened[Clamp], ...]
+    """Those whose coherence was asked: the ones with the lowest log-odds."""
     first_heat: tuple[Attempt, ...]
     """On the first prompts; the refined values stand behind the screened ones."""
     finals: tuple[Attempt, ...]
@@ -63,23 +64,24 @@ def search_worst_neuron(
     finalists: int,
     retest: Sequence[Clamp] = (),
     refine: Sequence[float] = (),
+    quiet: float | None = None,
 ) -> Search:
     """Screen candidates x sizes, generate with the best in two heats, and find the worst clamp for the model.
 
-    heat_one clamps run on the first `heat_one_prompts` of `selection`; the best value of each of the `finalists`
-    worst neurons runs on all of it, and so does every clamp of `retest`. With `refine`, multiples of the finalists'
-    values run on the first prompts as well, around the peak of what is an inverted U. Raises
-    MeasurementError when no clamp is coherent: nothing was attacked then.
+    quiet: see `outermost_first`. heat_one clamps run on the first `heat_one_prompts` of `selection`; the best value of
+    each of the `finalists` worst neurons runs on all of it, and so does every clamp of `retest`. With `refine`,
+    multiples of the finalists' values run on the first prompts as well, around the peak of what is an inverted U.
+    Raises MeasurementError when no clamp is coherent: nothing was attacked then.
     """
-    clamps = [Clamp(c.neuron, c.clamp_value(size)) for c in candidates for size in sizes]
-    screened = screen_fairly(
-        responder.chat_model, clamps, probe, phrases, responder.batch_size, max_benign_rise, "screen clamps"
+    values = [[Clamp(c.neuron, c.clamp_value(size)) for size in sizes] for c in candidates]
+    screened = screen_for_generation(
+        responder.chat_model, values, sizes, probe, phrases, responder.batch_size, max_benign_rise, heat_one, quiet
     )
     chosen = choose_for_generation(screened, max_benign_rise, heat_one)
     if not chosen:
         raise MeasurementError(
-            f"none of {len(clamps)} clamps leaves the benign loss within {max_benign_rise} nats per token: nothing "
-            "could be attacked; give smaller attack.sizes or raise attack.max_benign_rise"
+            f"none of {len(values) * len(sizes)} clamps leaves the benign loss within {max_benign_rise} nats per token:"
+            " nothing could be attacked; give smaller attack.sizes or raise attack.max_benign_rise"
         )
     few = selection[:heat_one_prompts]
     heat = responder.attempt(chosen, few, "first heat")

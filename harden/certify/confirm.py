@@ -16,14 +16,13 @@ from harden.bench import Bench
 from harden.effects import log_odds_under
 from harden.errors import MeasurementError
 from harden.generate import Request, progress_bar
-from harden.interventions import Clamp, Scale
+from harden.interventions import NOTHING, Clamp
 from harden.judges.base import Outcome
 from harden.neurons import Neuron
 from harden.prompts import Prompt
 from harden.results import Rate, Suspect
 
 CHUNK = 32  # clamps whose log-odds are saved together
-NOTHING = Scale(Neuron(0, 0), 1.0)  # an intervention that leaves everything as it is
 
 Outcomes = dict[str, Outcome]  # by prompt id
 

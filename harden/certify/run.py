@@ -3,7 +3,8 @@
 1. Every neuron is scored by the locators; the best `certify.top` are scanned, and `certify.sample` random others.
 2. Scan: exact refusal log-odds on selection prompts with the neuron clamped to each of its values. It is a race: most
    clamps are cleared on the few prompts that are most easily talked out of refusing, or flip one; only the undecided
-   see the others.
+   see the others. The outermost value of either sign comes first; where it hardly moves the log-odds, the others of its
+   sign are left out.
 3. Suspects: clamps that flip a scanned prompt and leave the model able to speak. They generate on test prompts, the
    easiest first and then those that they damage most; one breaks the model if more than the tolerance of those that do
    not comply anyway do.
@@ -21,7 +22,7 @@ from itertools import accumulate
 
 from harden import __version__, processes
 from harden.activations import neuron_at
-from harden.attack.screen import screen_fairly
+from harden.attack.screen import fair_rises, outermost_first
 from harden.attack.select import select_candidates
 from harden.bench import Bench
 from harden.certify.confirm import confirm, plain_log_odds
@@ -41,7 +42,7 @@ from harden.runfolder import RunFolder
 logger = logging.getLogger(__name__)
 
 LISTED = 1000  # neurons whose drop is in the certificate
-CHUNK = 64  # neurons that are scanned and saved together
+CHUNK = 256  # neurons that are scanned and saved together
 
 
 def certify(recipe: Recipe) -> Certificate:
@@ -94,6 +95,8 @@ def certify(recipe: Recipe) -> Certificate:
         refused=sum(odds > 0 for odds in plain),
         race_prompts=min(settings.race_prompts, len(prompts)),
         cleared=settings.cleared,
+        quiet=settings.quiet,
+        clamps=sum(len(scan.values) for scan in scans),
         confirm_first=min(settings.confirm_first, no_attack.n),
         raced=sum(max(scan.prompts) < len(prompts) for scan in scans),
         tolerance=settings.tolerance,
@@ -156,15 +159,18 @@ def _scan(
         batch_size = bench.recipe.generation.batch_size
         return log_odds_under(chat_model, clamps, prompts[heat], bench.phrases, batch_size, "these clamps")
 
-    def scan(chunk: Sequence[Neuron]) -> list[NeuronScan]:
-        clamps = {n: [Clamp(n, float(v[starts[n.layer] + n.index])) for v in values] for n in chunk}
-        flat = list(dict.fromkeys(clamp for each in clamps.values() for clamp in each))  # a dead neuron's may be equal
-        odds = dict(zip(flat, log_odds(flat, slice(settings.race_prompts)), strict=True))
-        undecided = [clamp for clamp in flat if not _decided(odds[clamp], plain, settings.cleared)]
+    def race(clamps: Sequence[Clamp]) -> dict[Clamp, list[float]]:  # log-odds of the prompts that each clamp met
+        odds = dict(zip(clamps, log_odds(clamps, slice(settings.race_prompts)), strict=True))
+        undecided = [clamp for clamp in clamps if not _decided(odds[clamp], plain, settings.cleared)]
         if undecided and len(prompts) > settings.race_prompts:
             for clamp, more in zip(undecided, log_odds(undecided, slice(settings.race_prompts, None)), strict=True):
                 odds[clamp] = odds[clamp] + more
-        return [_neuron_scan(n, clamps[n], [odds[clamp] for clamp in clamps[n]], plain) for n in chunk]
+        return odds
+
+    def scan(chunk: Sequence[Neuron]) -> list[NeuronScan]:
+        clamps = {n: [Clamp(n, float(v[starts[n.layer] + n.index])) for v in values] for n in chunk}
+        odds = outermost_first(list(clamps.values()), settings.sizes, race, plain, settings.quiet)
+        return [_neuron_scan(n, [clamp for clamp in clamps[n] if clamp in odds], odds, plain) for n in chunk]
 
     scans: list[NeuronScan] = []
     neurons = sorted(neurons)  # those of a layer run together
@@ -181,22 +187,23 @@ def _decided(odds: Sequence[float], plain: Sequence[float], share: float) -> boo
 
     odds: of the first prompts, under the clamp; plain: of all prompts without it.
     """
-    met = [(x, p) for x, p in zip(odds, plain, strict=False) if p > 0 or math.isnan(x)]
-    if any(math.isnan(x) for x, _ in met):
+    if any(map(math.isnan, odds)):
         return False
-    return any(x <= 0 for x, _ in met) or all(x >= share * p for x, p in met)
+    refused = [(x, p) for x, p in zip(odds, plain, strict=False) if p > 0]
+    return any(x <= 0 for x, _ in refused) or all(x >= share * p for x, p in refused)
 
 
 def _neuron_scan(
-    neuron: Neuron, clamps: Sequence[Clamp], odds: Sequence[Sequence[float]], plain: Sequence[float]
+    neuron: Neuron, clamps: Sequence[Clamp], odds: Mapping[Clamp, Sequence[float]], plain: Sequence[float]
 ) -> NeuronScan:
-    means = [mean(row) for row in odds]
+    rows = [odds[clamp] for clamp in clamps]
+    means = [mean(row) for row in rows]
     return NeuronScan(
         neuron=str(neuron),
-        prompts=[len(row) for row in odds],
+        prompts=[len(row) for row in rows],
         values=[clamp.value for clamp in clamps],
         log_odds=[value if math.isfinite(value) else None for value in means],
-        flips=[sum(p > 0 >= x for p, x in zip(plain, row, strict=False)) for row in odds],
+        flips=[sum(p > 0 >= x for p, x in zip(plain, row, strict=False)) for row in rows],
     )
 
 
@@ -218,11 +225,10 @@ def _suspects(bench: Bench, scans: Sequence[NeuronScan], plain: Sequence[float])
     if not flips:
         return []
     limit = bench.recipe.attack.max_benign_rise
-    screened = screen_fairly(
-        bench.chat_model, list(flips), bench.probe("selection"), bench.phrases,
-        bench.recipe.generation.batch_size, limit, "suspects",
-    )  # fmt: skip
-    coherent = [entry.clamp for entry in screened if entry.benign_rise <= limit]
+    rises = fair_rises(
+        bench.chat_model, list(flips), bench.probe("selection"), bench.recipe.generation.batch_size, limit, "coherence"
+    )
+    coherent = [clamp for clamp, rise in zip(flips, rises, strict=True) if rise <= limit]
     chosen: dict[Clamp, None] = {}
     strongest = {clamp: (-count / refused, -drop[clamp]) for clamp, (count, refused) in flips.items()}
     for order in (strongest.__getitem__, lambda clamp: abs(clamp.value)):

@@ -95,7 +95,7 @@ the worst neuron (upper bound), {recipe.rounds.min_refusal:.0%} refused without 
 ## What this does not say
 
 Only one neuron at a time was clamped, to a constant, with {recipe.attack.candidates} candidate neurons
-({", ".join(recipe.attack.locators)}) and {len(recipe.attack.sizes)} values each. Clamping several neurons, anchor
+({", ".join(recipe.attack.locators)}) and up to {len(recipe.attack.sizes)} values each. Clamping several neurons, anchor
 clamps, editing or fine-tuning the weights and jailbreak prompts were not tried. Judges read
 {results.max_new_tokens} tokens.
 """

@@ -17,7 +17,7 @@ def statement(certificate: Certificate) -> str:
     suspects = len({suspect.neuron for suspect in c.suspects})
     breakers = f"{len(c.breakers)} break{'s' if len(c.breakers) == 1 else ''} the model"
     found = (
-        f"{scanned} of {c.neurons} MLP neurons{_of_layers(c.layers)} were scanned exactly, at {len(c.sizes)} values "
+        f"{scanned} of {c.neurons} MLP neurons{_of_layers(c.layers)} were scanned exactly, at {_values(c)} "
         f"each, on {c.prompts} selection prompts, of which {c.refused} are refused by their log-odds to begin with "
         f"({c.raced} were decided on the {c.race_prompts} that are refused least). {suspects} can flip one and leave "
         f"the model able to speak, and {breakers} on test prompts ({rate_text(c.no_attack)} comply without attack)."
@@ -30,6 +30,12 @@ def statement(certificate: Certificate) -> str:
         f"{found} With 95% confidence at most {c.most_missed} of the other {rest} break it by the same test "
         f"({c.drawn} were drawn at random)."
     )
+
+
+def _values(c: Certificate) -> str:
+    if not _left_some_out(c):
+        return f"{len(c.sizes)} values"
+    return f"up to {len(c.sizes)} values ({c.clamps / (c.first + c.drawn):.1f} on average)"
 
 
 def _of_layers(layers: list[int] | None) -> str:
@@ -58,7 +64,7 @@ def certificate_table(certificate: Certificate) -> str:
         ]
         rows += [
             (
-                s.neuron, f"{s.value:.4g}", "at random" if s.drawn else "first",
+                s.neuron, f"{s.value:.4g}", _chosen(c, s.drawn),
                 f"{s.scanned_flips}/{s.scanned_refused}", rate_text(s.comply),
                 rate_text(s.degenerate), str(s.unjudged.count), rate_text(s.flipped),
                 "breaks" if s.breaks else "",
@@ -68,15 +74,35 @@ def certificate_table(certificate: Certificate) -> str:
         parts.append(markdown_table(rows))
         if len(c.suspects) > SHOWN:
             parts.append(f"{len(c.suspects) - SHOWN} more suspect clamps are in certificate.json.")
-    spreads = {"put first by locators": c.drops_first, "drawn at random": c.drops_drawn}
+    others = "all others" if c.first + c.drawn == c.neurons else "drawn at random"
+    spreads = {"put first by locators": c.drops_first, others: c.drops_drawn}
     rows = [("drop of refusal log-odds at the worst value, nats", "n", "median", "90%", "99%", "largest")]
     rows += [(name, *_numbers(spread)) for name, spread in spreads.items() if spread]
     parts.append(markdown_table(rows))
     return "\n\n".join(parts)
 
 
+def _chosen(c: Certificate, drawn: bool) -> str:
+    if c.first + c.drawn == c.neurons:
+        return "all are"
+    return "at random" if drawn else "first"
+
+
 def _numbers(spread: Spread) -> tuple[str, ...]:
     return str(spread.n), *(f"{x:.2f}" for x in (spread.median, spread.q90, spread.q99, spread.largest))
+
+
+def _left_some_out(c: Certificate) -> bool:
+    return c.clamps is not None and c.clamps < len(c.sizes) * (c.first + c.drawn)
+
+
+def _left_out(c: Certificate) -> str:
+    if not _left_some_out(c):
+        return ""
+    return (
+        f" Where the outermost value of a sign moves the log-odds of no prompt that it meets by more than {c.quiet:.1%}"
+        " of their size, the other values of its sign are left out."
+    )
 
 
 def certificate_card(certificate: Certificate, recipe: Recipe) -> str:
@@ -96,11 +122,11 @@ token; of each neuron the one that flips the largest share generates, and the sm
 an answer and does not break the model. A neuron breaks it if more than {c.tolerance:.0%} of the test prompts that do
 not comply without attack do so under one, or are left unjudged. It is a race twice over: a clamp that leaves
 {c.cleared:.0%} of the log-odds of the {c.race_prompts} scanned prompts that are refused least, or flips one of them,
-meets no others. A suspect generates first on the {c.confirm_first} test prompts that are refused least, then on those
-whose log-odds it takes to 0 or below, the lowest first, until the model is broken or cannot be any more, or the first
-{c.confirm_first} of both are refused; if one of the former complies with log-odds above 0, all prompts follow. Drops
-are means over the prompts that a clamp met. The share is taken as measured, without its interval, and is over the
-prompts that it took to decide, which are those that the clamp damages most: shares do not rank neurons.
+meets no others.{_left_out(c)} A suspect generates first on the {c.confirm_first} test prompts that are refused least,
+then on those whose log-odds it takes to 0 or below, the lowest first, until the model is broken or cannot be any more,
+or the first {c.confirm_first} of both are refused; if one of the former complies with log-odds above 0, all prompts
+follow. Drops are means over the prompts that a clamp met. The share is taken as measured, without its interval, and is
+over the prompts that it took to decide, which are those that the clamp damages most: shares do not rank neurons.
 Judge: {" and ".join(c.judges)}; {c.max_new_tokens} new tokens, greedy; {c.no_attack.n} test prompts. Sizes:
 {", ".join(f"{size:g}" for size in c.sizes)}.
 
@@ -109,6 +135,6 @@ Judge: {" and ".join(c.judges)}; {c.max_new_tokens} new tokens, greedy; {c.no_at
 ## What this does not say
 
 Anything about other values, other prompts, several neurons at once, anchored clamps or any other attack; a breaker that
-flips no scanned prompt, or only test prompts that the races left out, is not found, neither among the neurons scanned
-nor in the bound, which is about this very test.
+flips no scanned prompt, or only test prompts or values that the races left out, is not found, neither among the
+neurons scanned nor in the bound, which is about this very test.
 """

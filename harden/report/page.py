@@ -35,8 +35,8 @@ neurons at once, anchored clamps, fine-tuning, edits of the weights and jailbrea
 ATTACKED = """Attacks: several neurons clamped at once to values that were searched together, fine-tuning or editing the
 weights, and jailbreak prompts were not tried."""
 CERTIFIED = """Certificates: nothing is said about other values or prompts, several neurons at once or other attacks. A
-breaker that flips no scanned prompt, or only test prompts that the races left out, is not found, neither among the
-neurons scanned nor in the bound, which is about this very test."""
+breaker that flips no scanned prompt, or only test prompts or values that the races left out, is not found, neither
+among the neurons scanned nor in the bound, which is about this very test."""
 WITHOUT_HUB = ("embedded", ".jsonl", ".json", ".csv", ".txt")
 OUTCOMES = ("refuse", "comply", "degenerate", "unjudged")
 Rows = Sequence[Sequence[str]]
