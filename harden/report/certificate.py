@@ -84,7 +84,7 @@ def certificate_table(certificate: Certificate) -> str:
 
 def _chosen(c: Certificate, drawn: bool) -> str:
     if c.first + c.drawn == c.neurons:
-        return "all are"
+        return "all"
     return "at random" if drawn else "first"
 
 
