@@ -169,13 +169,13 @@ class LocateSection(Section):
 class AttackSection(Section):
     locators: Annotated[tuple[Locator, ...], Field(min_length=1)] = (
         "gradient",
-        "contrast",
-        "effect_size",
-        "random",
+        "attribution",
+        "relp",
+        "activation_shift",
     )
     """What proposes neurons; they take turns. See docs/attacks.md."""
-    candidates: Positive = 32
-    """Located neurons that are attacked."""
+    candidates: Positive = 4096
+    """Located neurons that are screened. Few are too few: docs/certify.md has what share of the worst are among them."""
     neurons: tuple[Address, ...] = ()
     """Addresses ('layer:index', in quotes) of neurons that are attacked besides."""
     sizes: Annotated[tuple[NonZero, ...], Field(min_length=1)] = (-16, 4, 8, 16, 24, 32, 40)
@@ -236,7 +236,7 @@ class CertifySection(Section):
     """Layers whose neurons are certified; null: all of them."""
     sample: Positive | None = 256
     """Neurons drawn at random from those that no locator puts first, and scanned like them; null: all of the others."""
-    locators: Annotated[tuple[Locator, ...], Field(min_length=1)] = ("tail", "gradient", "attribution", "relp")
+    locators: Annotated[tuple[Locator, ...], Field(min_length=1)] = ("tail", "relp")
     """What puts neurons first; they take turns."""
     top: Positive = 1024
     """Neurons that the locators put first and that are scanned in any case."""
