@@ -175,7 +175,7 @@ class AttackSection(Section):
     )
     """What proposes neurons; they take turns. See docs/attacks.md."""
     candidates: Positive = 4096
-    """Located neurons that are screened. Few are too few: docs/certify.md has what share of the worst are among them."""
+    """Located neurons that are screened. docs/certify.md has what share of the worst are among how many."""
     neurons: tuple[Address, ...] = ()
     """Addresses ('layer:index', in quotes) of neurons that are attacked besides."""
     sizes: Annotated[tuple[NonZero, ...], Field(min_length=1)] = (-16, 4, 8, 16, 24, 32, 40)
@@ -252,6 +252,9 @@ class CertifySection(Section):
     quiet: Annotated[float, Field(ge=0, lt=1)] | None = 0.1
     """Each neuron is scanned at the outermost size of either sign first; where that moves the log-odds of no prompt
     that it met by more than this share of their size, the other sizes of its sign are left out. null: none is."""
+    halvings: Annotated[int, Field(ge=0)] = 4
+    """Where a neuron flips prompts only at values that are gibberish, how often the gap between the smallest of them
+    and the next smaller value, which flips none, is halved in search of one that flips a prompt and is not."""
     test_prompts: Positive = 40
     """Harmful test prompts that a suspect generates with."""
     confirm_first: Positive = 4

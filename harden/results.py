@@ -335,6 +335,8 @@ class Certificate(Record):
     """Pairs of a neuron and a value that were scanned; null in records of versions that did not count them."""
     raced: int
     """Scanned neurons all of whose clamps were decided there."""
+    halvings: int = 0
+    """How often the gap below a value that flips prompts and is gibberish was halved in search of one that is not."""
     confirm_first: int
     """Test prompts that a suspect met first, those that are refused least. If they did not break the model, those
     followed that it takes to log-odds of 0 or below, the lowest first, so many and then twice as many; it ended when

@@ -13,7 +13,9 @@ from harden.certify import confirm, run
 from harden.certify.command import main
 from harden.certify.run import certify
 from harden.errors import HardenError, MeasurementError
+from harden.interventions import Clamp
 from harden.judges.agreement import Verdict
+from harden.neurons import Neuron
 from harden.planted import PLANTED_NEURON
 from harden.recipe import Recipe, load_recipe
 from harden.report.certificate import certificate_table, statement
@@ -250,7 +252,36 @@ def test_a_smaller_clamp_is_held_ready_beside_the_one_that_flips_most(monkeypatc
 
     monkeypatch.setattr(run, "fair_rises", rises)
     bench = MagicMock(recipe=Recipe(name="x", output="x", model={"name": "x"}))
-    assert run._suspects(bench, scans, [-1.0, 1.0, 3.0, 4.0]) == [("1:5", 8.0, 1, 1), ("1:5", 2.0, 1, 1)]
+    assert run._suspects(bench, scans, ["a"] * 4, [-1.0, 1.0, 3.0, 4.0]) == [("1:5", 8.0, 1, 1), ("1:5", 2.0, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("values", "flips", "halvings", "tried", "found"),
+    [
+        ([-10.0, 16.0, 32.0], [0, 1, 1], 3, [8.0, 12.0, 10.0], [10.0]),
+        ([-10.0, 16.0, 32.0], [0, 1, 1], 2, [8.0, 12.0], []),
+        ([-10.0, 9.0, 32.0], [0, 0, 1], 5, [20.5, 14.75, 11.875, 10.4375], [10.4375]),  # above what flips nothing
+        ([-20.0, -10.0, 16.0], [1, 0, 1], 1, [8.0, -15.0], []),  # either sign for itself
+        ([-10.0, 16.0, 32.0], [0, 0, 0], 3, [], []),
+    ],
+)
+def test_a_band_below_gibberish_in_which_the_model_still_speaks_is_found(
+    monkeypatch, values, flips, halvings, tried, found
+):
+    """From 10 on the clamp flips both prompts, from 11 on the model babbles."""
+    asked = []
+
+    def log_odds(_model, clamps, *_):
+        asked.extend(clamp.value for clamp in clamps)
+        return [[-1.0, -2.0] if abs(clamp.value) >= 10 else [1.0, 2.0] for clamp in clamps]
+
+    monkeypatch.setattr(run, "log_odds_under", log_odds)
+    monkeypatch.setattr(run, "fair_rises", lambda _model, clamps, *_: [9.0 * (abs(c.value) >= 11) for c in clamps])
+    recipe = Recipe(name="x", output="x", model={"name": "x"}, certify={"halvings": halvings})
+    scan = NeuronScan(neuron="1:5", prompts=[2] * 3, values=values, log_odds=[0.0] * 3, flips=flips)
+    between = run._between(MagicMock(recipe=recipe), [scan], ["a", "b"], [1.0, 2.0])
+    assert asked == tried
+    assert between == {Clamp(Neuron(1, 5), value): [-1.0, -2.0] for value in found}
 
 
 @pytest.mark.parametrize(("sizes", "gibberish", "tried"), [([2, 1], True, 1), ([-2, 2], True, 2), ([-2, 2], False, 1)])
@@ -258,7 +289,7 @@ def test_a_second_clamp_generates_only_after_gibberish(setup, monkeypatch, sizes
     """At size -2 the planted neuron does not break the model; what it says there is set here."""
     values = {}
 
-    def suspects(_bench, scans, _plain):
+    def suspects(_bench, scans, *_):
         scan = next(s for s in scans if s.neuron == str(PLANTED_NEURON))
         values.update(zip(sizes, scan.values, strict=True))
         return [(scan.neuron, value, 1, 2) for value in scan.values]
@@ -313,7 +344,7 @@ def test_suspects_meet_prompts_until_they_are_decided(setup, monkeypatch):
     """Every scanned clamp is made a suspect. The planted neuron's has broken the model after as many of ten prompts as
     the tolerance asks for; the others are dropped after two."""
 
-    def suspects(_bench, scans, _plain):
+    def suspects(_bench, scans, *_):
         return [(s.neuron, min(s.values), 1, 2) for s in scans[:3]] + [("1:17", -79.0, 2, 2)]
 
     monkeypatch.setattr(run, "_suspects", suspects)
