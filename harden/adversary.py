@@ -132,11 +132,12 @@ class Adversary:
         A row is one prompt of many, so it moves a clamp's weight half of the way. Clamps that are resisted by now are
         drawn less at once, not only when all are weighed again.
         """
+        places = {weighed.clamp: place for place, weighed in enumerate(self.clamps)}
         for clamp, log_odds in met:
-            for place, weighed in enumerate(self.clamps):
-                if clamp == weighed.clamp:
-                    weight = (weighed.weight + floor + _breaking(log_odds)) / 2
-                    self.clamps[place] = replace(weighed, weight=weight)
+            if clamp in places:
+                weighed = self.clamps[places[clamp]]
+                weight = (weighed.weight + floor + _breaking(log_odds)) / 2
+                self.clamps[places[clamp]] = replace(weighed, weight=weight)
 
     def to_state(self) -> dict[str, Any]:
         """Plain lists and tensors, for a checkpoint."""
