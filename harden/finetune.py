@@ -31,6 +31,7 @@ from harden.objective.ceiling import Ceiling
 from harden.objective.refusal import refusal_loss, refusal_rise, row_log_odds, shortfall
 from harden.objective.rows import Row
 from harden.objective.spread import leverage_loss, spread_loss
+from harden.objective.strength import draw_strong_clamp, full_strength
 from harden.recipe import TrainSection
 from harden.refusal import RefusalPhrases
 
@@ -81,6 +82,7 @@ def train_round(
     terms = {"benign_kl": settings.benign, "twins": settings.twins}
     ceilings = {name: Ceiling(term.ceiling) for name, term in terms.items() if term.ceiling}
     values = _leverage_values(chat_model, data, settings, batch_size, random.Random(f"{seed}:{round_number}:values"))
+    full = _full_strength(chat_model, data, settings, batch_size, random.Random(f"{seed}:{round_number}:strength"))
     first = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
@@ -104,7 +106,7 @@ def train_round(
                 group["lr"] = settings.learning_rate * learning_rate_factor(step, settings)
             factors = {name: ceiling.factor for name, ceiling in ceilings.items()}
             losses, met = backward(
-                chat_model, data, phrases, settings, max_benign_rise, adversary, values, step, rng, factors
+                chat_model, data, phrases, settings, max_benign_rise, adversary, values, step, rng, factors, full
             )
             for parameter in parameters:
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -143,13 +145,14 @@ def backward(
     step: int,
     rng: random.Random,
     factors: Mapping[str, float],
+    full: torch.Tensor | None = None,
 ) -> tuple[dict[str, float], list[tuple[Clamp | None, float]]]:
     """One step's rows, their loss terms and gradients; returns each term's value, over all processes, and what the
     rows of an attacked margin met: the clamp, if it was one alone, and the refusal log-odds under it, in nats.
 
     The twins are those of the step's harmful prompts (of the margin's, where it has its own), so that what is learned
     tells the two apart. values: clamp values of all neurons, for the leverage term. factors: on the weights of terms,
-    by name.
+    by name. full: `full_strength`, for the fail-closed term.
     """
     losses: dict[str, float] = {}
 
@@ -161,7 +164,7 @@ def backward(
         losses[name] = float(processes.total(loss.detach()))
 
     refusal, benign, spread, leverage = settings.refusal, settings.benign, settings.spread, settings.leverage
-    margin, met = settings.margin, []
+    margin, closed, met = settings.margin, settings.fail_closed, []
 
     def attack(places: Sequence[int]) -> list[Row]:
         texts = [data.harmful_texts[place] for place in places]
@@ -189,6 +192,16 @@ def backward(
             attacked = attack(drawn) if margin.attacked else []
         rows = attacked if margin.attacked else [Row(data.harmful[place]) for place in drawn]
         add("margin", margin.weight, rows, short_of_margin)
+    if closed.weight:
+        n = round(closed.benign_share * closed.rows)
+        prompts = [row.prompt for row in _pick(rng, data.benign, n)] + _pick(rng, data.harmful, closed.rows - n)
+        rows = [Row(p, (), (draw_strong_clamp(chat_model, full, closed.strength, rng),)) for p in prompts]
+        add(
+            "fail_closed",
+            closed.weight,
+            rows,
+            lambda mine: shortfall(row_log_odds(chat_model, mine, phrases), closed.target),
+        )
     met = processes.gather(met, len(drawn)) if margin.attacked and margin.weight else []
     if settings.twins.weight:
         rows = [data.twins[place] for place in drawn if data.twins[place] is not None][: settings.twins.rows]
@@ -231,6 +244,16 @@ def _leverage_values(
     with starting_model(chat_model.model):
         contrast = read_contrast(chat_model, *texts, batch_size)
     return [contrast.clamp_values(size) for size in settings.leverage.sizes]
+
+
+def _full_strength(
+    chat_model: ChatModel, data: TrainingData, settings: TrainSection, batch_size: int, rng: random.Random
+) -> torch.Tensor | None:
+    """Of the starting model; None if the fail-closed term is off."""
+    if not settings.fail_closed.weight:
+        return None
+    with starting_model(chat_model.model):
+        return full_strength(chat_model, _pick(rng, data.harmful_texts, CONTRAST_PROMPTS), batch_size)
 
 
 def learning_rate_factor(step: int, settings: TrainSection) -> float:

@@ -350,6 +350,25 @@ class LeverageTerm(Section):
     """Steps between two such steps: differentiating twice costs more than a plain step."""
 
 
+class FailClosedTerm(Section):
+    """Requests under a strong clamp of any neuron, which no user brings about, are to be refused: benign ones, too."""
+
+    weight: Weight = 0.0
+    """Weight of what the refusal log-odds of requests under such a clamp lack to `target`, in nats; 0: off."""
+    target: float = 4.0
+    rows: Positive = 8
+    benign_share: Share = 0.5
+    """Share of these rows that are benign requests; the others are harmful."""
+    strength: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.3, 2.0)
+    """Least and largest norm of what the clamp writes, in norms of the residual stream behind its layer."""
+
+    @model_validator(mode="after")
+    def _strength_is_a_range(self):
+        if self.strength[0] > self.strength[1]:
+            raise ValueError(f"strength {list(self.strength)}: the least comes first")
+        return self
+
+
 class BenignTerm(Section):
     weight: Weight = 1.0
     """Weight of KL(starting model || model) on the starting model's own answers; 0 switches the term off."""
@@ -403,6 +422,7 @@ class TrainSection(Section):
     refusal: RefusalTerm = RefusalTerm()
     twins: TwinTerm = TwinTerm()
     margin: MarginTerm = MarginTerm()
+    fail_closed: FailClosedTerm = FailClosedTerm()
     clamps: ClampTerm = ClampTerm()
     mask: MaskTerm = MaskTerm()
     direction: DirectionTerm = DirectionTerm()
@@ -412,7 +432,9 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _something_is_trained(self):
-        terms = (self.refusal, self.twins, self.margin, self.spread, self.leverage, self.benign)
+        terms = (
+            self.refusal, self.twins, self.margin, self.fail_closed, self.spread, self.leverage, self.benign,
+        )  # fmt: skip
         if not any(term.weight for term in terms):
             raise ValueError("every term has weight 0: there is nothing to train")
         return self

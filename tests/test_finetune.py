@@ -18,7 +18,9 @@ from harden.locate.gradient import score_neurons
 from harden.models import load_chat_model
 from harden.neurons import Neuron
 from harden.objective.ceiling import Ceiling
+from harden.objective.refusal import row_log_odds
 from harden.objective.rows import Row
+from harden.objective.strength import draw_strong_clamp, full_strength
 from harden.planted import ANSWER, PLANTED_NEURON, REFUSAL
 from harden.recipe import TrainSection
 
@@ -107,6 +109,7 @@ def test_the_twins_of_a_step_are_those_of_its_harmful_prompts(planted, data, phr
         {
             "clamps": {"share": 0.5, "relocate_every": 4},
             "margin": {"weight": 0.5, "rows": 4, "attacked": True}, "benign": {"rows": 2, "texts": 2},
+            "fail_closed": {"weight": 0.5, "rows": 4},
         },
         {"clamps": {"share": 0}, "mask": {"share": 1, "locator": "random"}, "benign": {"clamped": 0.5}},
     ],
@@ -326,10 +329,14 @@ def test_an_adversary_survives_a_checkpoint(tmp_path):
     assert replace(again, directions=None) == replace(adversary, directions=None)
 
 
+TERMS = ("refusal", "benign_kl", "margin", "fail_closed", "leverage", "spread")
+
+
 @pytest.mark.parametrize(
     ("term", "name"),
     [
         ({"margin": {"weight": 1, "target": 9}}, "margin"),
+        ({"fail_closed": {"weight": 1, "rows": 6}}, "fail_closed"),
         ({"leverage": {"weight": 0.1, "every": 1}}, "leverage"),
         ({"spread": {"weight": 0.1, "every": 1, "order": 8}}, "spread"),
         ({"spread": {"weight": 0.1, "every": 1, "order": 1, "attribution": "direct"}}, "spread"),
@@ -338,8 +345,39 @@ def test_an_adversary_survives_a_checkpoint(tmp_path):
 def test_each_term_can_be_trained_alone_and_falls(planted, data, phrases, tmp_path, term, name):
     off = {"refusal": {"weight": 0}, "benign": {"weight": 0}, "spread": {"weight": 0}, "clamps": {"share": 0}}
     events = run(adapted(planted), data, phrases, tmp_path / "c.pt", steps=12, **{**off, **term})
-    assert {name} == {key for key in events[0] if key in ("refusal", "benign_kl", "margin", "leverage", "spread")}
+    assert {name} == {key for key in events[0] if key in TERMS}
     assert sum(e[name] for e in events[-3:]) < sum(e[name] for e in events[:3])
+
+
+def test_fail_closed_rows_are_benign_and_harmful_each_under_a_clamp_of_its_own(planted, data, phrases, monkeypatch):
+    rows = []
+    real = finetune.row_log_odds
+    monkeypatch.setattr(finetune, "row_log_odds", lambda m, mine, p: (rows.extend(mine), real(m, mine, p))[1])
+    section = settings(fail_closed={"weight": 1, "rows": 8, "benign_share": 0.25, "strength": (0.5, 2)})
+    full = torch.ones(planted.neurons.count)
+    backward(adapted(planted), data, phrases, section, 2.0, Adversary(), [], 1, random.Random(3), {}, full)
+    benign = {row.prompt for row in data.benign}
+    assert [row.prompt in benign for row in rows] == [True] * 2 + [False] * 6
+    clamps = [clamp for row in rows for clamp in row.interventions]
+    assert len({clamp.neuron for clamp in clamps}) > 4 and all(0.5 <= abs(clamp.value) <= 2 for clamp in clamps)
+
+
+def test_a_model_that_fails_closed_refuses_what_is_benign_under_a_clamp_and_answers_it_without(
+    planted, data, phrases, tmp_path
+):
+    model = adapted(planted)
+    full, rng = full_strength(model, data.harmful_texts[:4], 4), random.Random(0)
+    plain = [Row(row.prompt) for row in data.benign]
+    clamped = [replace(row, interventions=(draw_strong_clamp(model, full, (1.0, 2.0), rng),)) for row in 2 * plain]
+
+    def log_odds(rows):
+        with torch.no_grad():
+            return float(row_log_odds(model, rows, phrases).mean())
+
+    assert max(map(log_odds, (plain, clamped))) < -2
+    changes = {"fail_closed": {"weight": 0.3, "rows": 16}, "benign": {"weight": 20, "rows": 8}, "twins": {"weight": 1}}
+    run(model, data, phrases, tmp_path / "c.pt", steps=120, clamps={"share": 0}, spread={"weight": 0}, **changes)
+    assert log_odds(plain) < -2 and log_odds(clamped) > 2
 
 
 def test_benign_rows_can_be_clamped(planted, data, phrases, monkeypatch):

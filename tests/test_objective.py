@@ -1,17 +1,22 @@
 import math
+import random
 
 import pytest
 import torch
+from tiny import ARCHITECTURES, tiny_chat_model
 
+from harden.activations import read_activations
 from harden.adapters import attach_adapter, trained_parameters
 from harden.chat import pad_left
 from harden.errors import MeasurementError
+from harden.generate import Request
 from harden.interventions import Clamp
 from harden.measure import perplexity
 from harden.objective.benign import benign_kl
 from harden.objective.refusal import refusal_loss, refusal_rise, row_log_odds, shortfall
 from harden.objective.rows import Row
 from harden.objective.spread import concentration, direct_attribution, leverage_loss, spread_loss
+from harden.objective.strength import draw_strong_clamp, full_strength
 from harden.planted import PLANTED_NEURON
 from harden.refusal import refusal_log_odds
 
@@ -224,3 +229,41 @@ def test_perplexity_is_that_of_every_text_read_alone(planted, prompts):
     assert perplexity(planted, [*texts, ""], 16) == pytest.approx(expected, rel=1e-4)
     with pytest.raises(MeasurementError, match="no benign text has two tokens"):
         perplexity(planted, [""], 16)
+
+
+# -- strong clamps -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_at_full_strength_a_neuron_writes_as_much_as_the_stream_holds(kind):
+    model = tiny_chat_model(kind)
+    texts = ["how do i build a bomb ?", "build a cake"]
+    full = full_strength(model, texts, 2)
+    assert full.shape == (model.neurons.count,)
+    stream = read_activations(model, [Request(text) for text in texts], 2).stream.norm(dim=-1).mean(0)
+    wide = model.neurons.widths[0]
+    for layer, index in ((0, 0), (0, wide - 1), (1, 3)):
+        value = float(full[layer * wide + index])
+        down = model.neurons.down_projections[layer]
+        h = torch.zeros(1, wide)
+        nothing = down(h)
+        h[0, index] = value
+        assert float((down(h) - nothing).norm()) == pytest.approx(float(stream[layer]), rel=1e-3)
+
+
+def test_a_neuron_that_writes_nothing_has_no_full_strength(planted):
+    with torch.no_grad():
+        planted.neurons.down_projections[1].weight[:, 5] = 0
+    full = full_strength(planted, ["build a cake"], 1)
+    dead = planted.neurons.widths[0] + 5
+    assert full[dead] == 0 and (full[:dead] > 0).all()
+
+
+def test_strong_clamps_are_of_any_neuron_either_sign_and_within_their_strength(planted):
+    full, rng = torch.arange(1.0, planted.neurons.count + 1), random.Random(0)
+    clamps = [draw_strong_clamp(planted, full, (0.5, 2.0), rng) for _ in range(400)]
+    columns = [clamp.neuron.layer * planted.neurons.widths[0] + clamp.neuron.index for clamp in clamps]
+    shares = [clamp.value / float(full[column]) for clamp, column in zip(clamps, columns, strict=True)]
+    assert all(0.5 <= abs(share) <= 2 for share in shares) and 150 < sum(share > 0 for share in shares) < 250
+    assert 150 < sum(abs(share) < 1 for share in shares) < 250  # even in the logarithm
+    assert {clamp.neuron.layer for clamp in clamps} == set(range(len(planted.neurons.widths)))
