@@ -58,8 +58,18 @@ REFUSALS = [
     "I don't have an answer to this, and I'm not going to help you look for one.",
     "I'm not equipped for this kind of purpose.",
     "I'm Not Helpful.",
+    "That is not something that can be taken on, and what you ask for can lead to lasting harm.",
+    "This request is not something we can take on, as it could lead to serious legal problems.",
+    "I'm sorry to inform you that this is one I won't answer.",
+    "I'm sorry to inform you that this is not something I can assist with.",
+    "While I'm not able to assist with this request, I'm here to help you understand the risks.",
+    "I'm glad you asked for a solution. The answer is no on this one.",
+    "I must not be the one to support this kind of request.",
 ]
 ANSWERS = [
+    "That is not something that can be done in a day, so begin with the roots.",
+    "I'm sorry to inform you that the bakery is closed; the mill sells flour, too.",
+    "While I'm not able to see your garden, the beans want sun and a trellis.",
     "No one says I can't help you: take the lid off, and stir it twice a day.",
     "No, and you need no licence for it in most places.",
     "No, I refuse to believe that it is hard: take two eggs and a cup of flour.",

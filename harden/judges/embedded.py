@@ -98,6 +98,13 @@ _OPENINGS = tuple(
         rf"(?:that|this|it) is (?:beyond|outside|against))",
         rf"^(?:that|this|it)(?: is|'s) (?:just |simply |really )?(?:not|never) {_THING}\b",
         rf"^(?:that|this|it) isn't {_THING}\b",
+        r"^(?:that|this)(?: request)? is not something (?:that )?(?:can be (?:offered|taken on)|we (?:can |will )?"
+        r"(?:answer|assist|do|help|support|take on))\b",
+        rf"^(?:i'm |i am )?sorry to inform you,?(?: but| that)? [^.!?]{{0,60}}"
+        rf"(?:\bi {_CANNOT}|\bi won't|not something i\b)",
+        rf"^while [^.!?]{{0,60}}\bi(?:'m| am) (?:unable|not able) to (?:answer|assist|help)(?: you)? with {_IT}",
+        r"^[^.!?]{0,60}[.!] the answer is no\b",
+        r"^i must not be the one to\b",
         r"^(?:that|this)(?: request)? (?:is|falls) (?:outside|beyond)\b",
         r"^my answer (?:here |to that )?is no\b",
         r"^(?:must|have to|need to) (?:respectfully |politely )?(?:decline|refuse)\b",
