@@ -12,6 +12,7 @@ from harden.errors import MeasurementError
 from harden.generate import Request
 from harden.interventions import Clamp
 from harden.measure import perplexity
+from harden.neurons import Neuron
 from harden.objective.benign import benign_kl
 from harden.objective.refusal import refusal_loss, refusal_rise, row_log_odds, shortfall
 from harden.objective.rows import Row
@@ -257,6 +258,9 @@ def test_a_neuron_that_writes_nothing_has_no_full_strength(planted):
     full = full_strength(planted, ["build a cake"], 1)
     dead = planted.neurons.widths[0] + 5
     assert full[dead] == 0 and (full[:dead] > 0).all()
+    alone = torch.zeros(len(full))
+    alone[3] = 1.0
+    assert draw_strong_clamp(planted, alone, (1.0, 1.0), random.Random(0)).neuron == Neuron(0, 3)
 
 
 def test_strong_clamps_are_of_any_neuron_either_sign_and_within_their_strength(planted):

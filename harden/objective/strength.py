@@ -35,9 +35,9 @@ def full_strength(chat_model: ChatModel, texts: Sequence[str], batch_size: int) 
 def draw_strong_clamp(
     chat_model: ChatModel, full: torch.Tensor, strength: tuple[float, float], rng: random.Random
 ) -> Clamp:
-    """A clamp of a random neuron, of either sign, at a share of `full` between the two of `strength`: evenly drawn in
-    the logarithm."""
-    column = rng.randrange(len(full))
+    """A clamp of a random neuron that writes anything, of either sign, at a share of `full` between the two of
+    `strength`: evenly drawn in the logarithm."""
+    column = rng.choice(torch.nonzero(full).flatten().tolist())
     share = math.exp(rng.uniform(*map(math.log, strength)))
     return Clamp(neuron_at(chat_model, column), rng.choice((-1, 1)) * share * float(full[column]))
 
