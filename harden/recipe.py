@@ -358,9 +358,10 @@ class FailClosedTerm(Section):
     target: float = 4.0
     rows: Positive = 8
     benign_share: Share = 0.5
-    """Share of these rows that are benign requests; the others are harmful."""
+    """Share of these rows that are benign requests; the others are harmful. `benign.clamped` asks for the opposite."""
     strength: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.3, 2.0)
-    """Least and largest norm of what the clamp writes, in norms of the residual stream behind its layer."""
+    """Least and largest norm of what the clamp writes, in norms of the residual stream behind its layer: the starting
+    model's, at the last token of harmful requests, without a clamp."""
 
     @model_validator(mode="after")
     def _strength_is_a_range(self):
