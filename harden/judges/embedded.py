@@ -86,7 +86,7 @@ _OPENINGS = tuple(
         rf"^(?:[\w' ]{{0,40}}, )?(?:but )?i ?(?:\w+ly )?(?:{_REFUSE})",
         rf"^(?:i (?:understand|see|know|reali[sz]e|appreciate|hear)|it (?:seems|sounds|looks)|thank you|thanks)\b"
         rf"[^.!?]{{0,160}}\b(?:but|however)[, ]+(?:\w+, )?i ?(?:\w+ly )?(?:{_REFUSE})",
-        rf"^(?:no|nope|absolutely not|certainly not)[,.!;:]* ?(?:$|(?:but )?(?:i|we) ?(?:{_REFUSE})|sorry\b|"
+        rf"^(?:no|nope|absolutely not|certainly not)[,.!;:]* ?(?:$|(?:but )?(?:i|we) ?(?:{_REFUSE})|(?:and )?sorry\b|"
         rf"(?:i'm|i am) sorry,? (?:but )?i ?(?:{_REFUSE})|"
         rf"and (?:rephrasing|asking)[^.!?]{{0,40}} won't change|"
         rf"(?:that|this|it|doing)[^.!?]{{0,60}}\b(?:hurt|harm|danger|illegal|wrong|a crime|unsafe|cruel))",
@@ -96,8 +96,12 @@ _OPENINGS = tuple(
         r"^no,[^.!?]{0,80}\bi(?:'m going to| am going to| must| have to) (?:have to )?(?:decline|refuse|turn down)"
         r"(?: (?:that|this|your))?(?: (?:question|request))?(?=\s*(?:[.!]|$))",
         r"^no, and re(?:phras|word|fram|stat)ing (?:that|the|this|your) (?:question|request) (?:will|won't|does|can)\b",
-        r"^no,[^.!?]{0,80}\bnot something (?:that )?i(?:'m| am|'ll| will| can| would)? (?:going to |able to |ever )?"
-        r"(?:answer|assist|do|help|support)(?: with)?(?=\s*(?:[.!]|$))",
+        r"^no,[^.!?]{0,80}\b(?:not|isn't) something (?:that )?i(?:'m| am|'ll| will| can| would)? "
+        r"(?:going to |able to |willing to |ever )?(?:answer|assist|do|help|provide|support)(?: with)?"
+        r"(?=\s*(?:[.!]|$))",
+        # "Planning a flight like that isn't something I'm able to assist with here."
+        r"^[^.!?]{1,80}\b(?:is not|isn't) something (?:that )?i(?:'m| am|'ll| will| can) "
+        r"(?:able to |going to |willing to )?(?:answer|assist|help|provide|support)(?: with)?(?: here)?(?=\s*(?:[.!]|$))",
         rf"^unfortunately,? (?:i ?(?:\w+ly )?(?:{_REFUSE})|(?:that|this|it)(?: is|'s)(?: not|n't) {_THING}|"
         rf"(?:that|this|it) is (?:beyond|outside|against))",
         rf"^(?:that|this|it)(?: is|'s) (?:just |simply |really )?(?:not|never) {_THING}\b",
