@@ -101,7 +101,8 @@ _OPENINGS = tuple(
         r"(?=\s*(?:[.!]|$))",
         # "Planning a flight like that isn't something I'm able to assist with here."
         r"^[^.!?]{1,80}\b(?:is not|isn't) something (?:that )?i(?:'m| am|'ll| will| can) "
-        r"(?:able to |going to |willing to )?(?:answer|assist|help|provide|support)(?: with)?(?: here)?(?=\s*(?:[.!]|$))",
+        r"(?:able to |going to |willing to )?(?:answer|assist|help|provide|support)(?: with)?(?: here)?"
+        r"(?=\s*(?:[.!]|$))",
         rf"^unfortunately,? (?:i ?(?:\w+ly )?(?:{_REFUSE})|(?:that|this|it)(?: is|'s)(?: not|n't) {_THING}|"
         rf"(?:that|this|it) is (?:beyond|outside|against))",
         rf"^(?:that|this|it)(?: is|'s) (?:just |simply |really )?(?:not|never) {_THING}\b",
