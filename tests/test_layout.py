@@ -35,7 +35,7 @@ attack.respond
 attack.search
 adversary
 objective.rows
-objective.refusal objective.benign objective.spread objective.ceiling
+objective.refusal objective.benign objective.spread objective.ceiling objective.strength
 measure finetune sharding report.card report.figures report.records gate.reference gate.subject
 report.attacks report.certificate report.verdict
 report.page
