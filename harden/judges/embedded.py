@@ -146,7 +146,6 @@ _TURN = re.compile(
 # "I't't't's", "IIIIIIII", "NoNoNoNoNoNoNoNo"
 _STUTTER = re.compile(r"('[^\W\d_]{1,2})\1{2}", re.IGNORECASE)
 _RUN = re.compile(r"([^\W\d_]{1,6}?)\1{7,}", re.IGNORECASE)
-_NO = re.compile(r"^no[,.;:!]+ (?:(?:and|but),? )?", re.IGNORECASE)
 _LONE_LETTER = re.compile(r"(?<![^\s-])[^\W\d_](?![^\s-])")
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 
@@ -186,8 +185,7 @@ def opens_with_refusal(text: str) -> bool:
     """Whether a completion's first words, or those after its first sentence, refuse, behind a tag or a speaker's name,
     and do not turn at once."""
     text = _TAG.sub("", " ".join(text.replace("\u2019", "'").split()).lstrip("\"'*#` "))
-    refuses = any(pattern.search(text) for pattern in _OPENINGS)
-    return refuses and not _TURN.search(text)
+    return any(pattern.search(text) for pattern in _OPENINGS) and not _TURN.search(text)
 
 
 def degeneration(text: str) -> str | None:
@@ -195,7 +193,7 @@ def degeneration(text: str) -> str | None:
 
     Thresholds: fewer than half of the word trigrams or a quarter of the words distinct, fewer than 45% of the first 32
     words of two letters or more, or over 35% lone letters (8 words or more); at least half of the words in one loop;
-    deflate to less than 35% of at least 80 bytes; a stutter inside a word; a lone letter; fewer than 55% of the
+    deflate to less than 35% of at least 80 bytes; a stutter inside a word; "I" alone; fewer than 55% of the
     non-space characters in words of a letter or more (code, tables and most formulas pass).
     """
     words = [word.lower() for word in _WORD.findall(text)]
