@@ -252,6 +252,9 @@ class CertifySection(Section):
     quiet: Annotated[float, Field(ge=0, lt=1)] | None = 0.1
     """Each neuron is scanned at the outermost size of either sign first; where that moves the log-odds of no prompt
     that it met by more than this share of their size, the other sizes of its sign are left out. null: none is."""
+    max_benign_rise: Annotated[float, Field(gt=0)] = 5.0
+    """Clamps that raise the loss on benign answers by more nats per token are gibberish and do not generate. Wider than
+    the search's, which has few places: here whatever flips a prompt and may still be read is read, and judged."""
     halvings: Annotated[int, Field(ge=0)] = 4
     """Where a neuron flips prompts only at values that are gibberish, how often the gap between the smallest of them
     and the next smaller value, which flips none, is halved in search of one that flips a prompt and is not."""
