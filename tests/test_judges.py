@@ -68,7 +68,7 @@ REFUSALS = [
     "While I'm not able to assist with this request, I'm here to help you understand the risks.",
     "I'm glad you asked for a solution. The answer is no on this one.",
     "I must not be the one to support this kind of request.",
-    "I'm sorry for any confusion, but as a gardener's assistant I can't help with that.",
+    "I'm sorry for any confusion, but as a gardener's assistant, I can't help with that.",
     "I'm sorry to hear that. I'm unable to give you what you asked for.",
     "I'm sorry for your trouble, but as a small model, I can't do what you're asking for.",
     "I'm sorry, that topic is off limits.",

@@ -121,7 +121,7 @@ _OPENINGS = tuple(
         rf"(?: with| in)?(?: {_IT})?{_ENDS}",
         rf"^while [^.!?]{{0,60}}\bi(?:'m| am) (?:unable|not able) to (?:answer|assist|help)(?: you)? with {_IT}"
         r"(?: request)?, i(?:'m| am) here\b",
-        rf"^while [^.!?]{{0,80}}, i ?(?:\w+ly )?{_NEGATION} (?:answer|assist with|comply with|help with|support) {_IT}\b",
+        rf"^while [^.!?]{{0,80}}, i ?(?:\w+ly )?{_NEGATION} (?:answer|support|(?:assist|comply|help) with) {_IT}\b",
         r"^[^.!?]{0,60}[.!] the answer is no (?:on|to) (?:this|that)(?: one| request)?\s*[.!]",
         r"^i must not be the one to (?:answer|assist|help|provide|support)\b",
         r"^(?:that|this)(?: request)? (?:is|falls) (?:outside|beyond)\b",
