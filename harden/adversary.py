@@ -181,8 +181,10 @@ def refresh(
     past_breakers: Sequence[Neuron],
     batch_size: int,
     rng: random.Random,
+    full: torch.Tensor | None,
 ) -> Adversary:
-    """The adversary at a step: what is due is located anew on the present weights, the rest stays."""
+    """The adversary at a step: what is due is located anew on the present weights, the rest stays. full: as of
+    `full_strength`, for clamps of `train.clamps.strengths`."""
     clamps, mask, direction = settings.clamps, settings.mask, settings.direction
     if settings.draws_clamps and step % clamps.relocate_every == 0:
         known = [*past_breakers, *(adversary.breakers if clamps.replay else ())]
@@ -193,7 +195,7 @@ def refresh(
         if clamps.random:
             n = min(clamps.random, chat_model.neurons.count)
             pool |= {c.neuron: c for c in select_candidates([RANDOM], n, passes, 1.0, rng.randrange(2**32))}
-        found = weigh_clamps(chat_model, list(pool.values()), probe, phrases, clamps, max_benign_rise, batch_size)
+        found = weigh_clamps(chat_model, list(pool.values()), probe, phrases, clamps, max_benign_rise, batch_size, full)
         now = [weighed.clamp.neuron for weighed in found if weighed.weight - clamps.floor >= REPLAYED]
         breakers = list(dict.fromkeys([*adversary.breakers, *now]))
         adversary = replace(adversary, clamps=found, breakers=breakers)
@@ -218,6 +220,7 @@ def weigh_clamps(
     settings: ClampTerm,
     max_benign_rise: float,
     batch_size: int,
+    full: torch.Tensor | None = None,
 ) -> list[Weighed]:
     """Clamps of the candidates, weighed by how well they work now.
 
@@ -227,7 +230,7 @@ def weigh_clamps(
     starting model: training can widen a neuron's activation gap, and the clamps must not grow with it until they only
     make the model babble. If none is left there are no clamps, and rows are trained without.
     """
-    clamps = {Clamp(c.neuron, c.clamp_value(size)): c for c in candidates for size in settings.sizes}
+    clamps = {Clamp(c.neuron, value): c for c in candidates for value in _values(c, settings, chat_model, full)}
     screened = screen_clamps(
         chat_model, list(clamps), probe, phrases, batch_size, "weigh clamps", coherence_at_start=True
     )
@@ -244,6 +247,15 @@ def weigh_clamps(
         )
         for entry in coherent
     ]
+
+
+def _values(candidate: Candidate, settings: ClampTerm, chat_model: ChatModel, full: torch.Tensor | None) -> list[float]:
+    values = [candidate.clamp_value(size) for size in settings.sizes]
+    if settings.strengths and full is not None:
+        by_layer = full.split(list(chat_model.neurons.widths))
+        one = float(by_layer[candidate.neuron.layer][candidate.neuron.index])
+        values += [sign * share * one for share in settings.strengths for sign in (-1, 1)]
+    return values
 
 
 def _breaking(log_odds: float) -> float:

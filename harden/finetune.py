@@ -100,6 +100,7 @@ def train_round(
                 adversary = refresh(
                     adversary, step, chat_model, data.harmful_texts, data.twin_texts, data.probe, phrases, settings,
                     max_benign_rise, past_breakers, batch_size, random.Random(f"{seed}:{round_number}:{step}:locate"),
+                    full,
                 )  # fmt: skip
             rng = random.Random(f"{seed}:{round_number}:{step}")
             for group in optimizer.param_groups:
@@ -249,8 +250,8 @@ def _leverage_values(
 def _full_strength(
     chat_model: ChatModel, data: TrainingData, settings: TrainSection, batch_size: int, rng: random.Random
 ) -> torch.Tensor | None:
-    """Of the starting model; None if the fail-closed term is off."""
-    if not settings.fail_closed.weight:
+    """Of the starting model; None where nothing asks for it."""
+    if not settings.fail_closed.weight and not (settings.draws_clamps and settings.clamps.strengths):
         return None
     with starting_model(chat_model.model):
         return full_strength(chat_model, _pick(rng, data.harmful_texts, CONTRAST_PROMPTS), batch_size)

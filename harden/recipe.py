@@ -150,8 +150,9 @@ class JudgeSection(Section):
     max_nats_per_token: Annotated[float, Field(gt=0)] = 4.0
     """A completion that the unattacked model finds less likely than this, on average, is degenerate."""
     min_gain: float | None = None
-    """A completion that its request makes likelier by less than this against a neutral one, in nats per token, has nothing
-    to do with it and is degenerate: broken models ramble. 0.1 for SmolLM2 (docs/judges-validation.md); null: not asked."""
+    """A completion that its request makes likelier by less than this against a neutral one, in nats per token, has
+    nothing to do with it and is degenerate: broken models ramble. 0.1 suits SmolLM2 (docs/judges-validation.md).
+    null: not asked."""
     reference: str | None = None
     """Model that is asked how likely a completion is, named as in `model.name`. null: the model below `model.adapter`,
     or the model itself; then give one for a model that was hardened and merged, which finds its bypasses unlikely."""
@@ -278,6 +279,10 @@ class ClampTerm(Section):
     """Best-scored neurons that clamps are drawn from, beside those that broke the model in earlier rounds."""
     sizes: Annotated[tuple[NonZero, ...], Field(min_length=1)] = (4, 8, 16)
     """In activation gaps beyond the harmless mean; negative ones have the other sign."""
+    strengths: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """Values besides, of either sign: what the neuron then writes has this many norms of the residual stream behind its
+    layer, as in `fail_closed.strength`. A neuron that requests hardly move has a gap of next to nothing, and breaks the
+    model all the same."""
     relocate_every: Positive = 20
     """Steps after which neurons are located and clamps are weighed again."""
     floor: Weight = 0.02

@@ -197,11 +197,26 @@ def test_without_a_coherent_clamp_rows_are_trained_unclamped(planted, data, phra
     assert found == [] and Adversary(found).draw(random.Random(0)) == ()
 
 
-def refreshed(chat_model, data, phrases, adversary, step, known=(), **changes):
+def refreshed(chat_model, data, phrases, adversary, step, known=(), full=None, **changes):
     return refresh(
         adversary, step, chat_model, data.harmful_texts, data.twin_texts, data.probe, phrases, settings(**changes), 2.0,
-        known, 16, random.Random(step),
+        known, 16, random.Random(step), full,
     )  # fmt: skip
+
+
+def test_clamps_are_also_drawn_at_shares_of_full_strength(planted, data, phrases):
+    model = adapted(planted)
+    full = torch.linspace(1, 2, model.neurons.count)
+    terms = {"pool": 3, "sizes": (8,), "strengths": (0.25, 0.5), "floor": 0.1}
+    found = refreshed(model, data, phrases, Adversary(), 0, full=full, clamps=terms)
+    drawn = [w.clamp for w in found.clamps]
+    by_layer = full.split(list(model.neurons.widths))
+    for clamp in drawn:
+        one = float(by_layer[clamp.neuron.layer][clamp.neuron.index])
+        values = {c.value for c in drawn if c.neuron == clamp.neuron}
+        assert {-0.5 * one, -0.25 * one, 0.25 * one, 0.5 * one} & values and len(values) <= 5
+    without = refreshed(model, data, phrases, Adversary(), 0, clamps=terms | {"strengths": ()})
+    assert len(without.clamps) < len(drawn)
 
 
 def test_known_breakers_and_neurons_at_random_join_the_pool(planted, data, phrases):

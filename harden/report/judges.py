@@ -10,9 +10,10 @@ from harden.results import Rate
 
 
 def judge_note(min_gain: float | None) -> str:
-    """The figures that `benchmarks/judges.py --write` measured, of the judge with or without its test of evasion.
+    """The figures that `benchmarks/judges.py --write` measured, of the judge, asking whether a text has to do
+    with its request or not.
 
-    min_gain: as in `judge.min_gain`; the figures are of null and of 0, and the note says so.
+    min_gain: as in `judge.min_gain`; the figures are of null and of one value, and the note says so.
     """
     text = resources.files("harden").joinpath("data", "judge_validation.json").read_text(encoding="utf-8")
     figures = json.loads(text)
@@ -23,12 +24,17 @@ def judge_note(min_gain: float | None) -> str:
         return ", ".join(f"{name} {rate_text(Rate.model_validate(found[name]))}" for name in found if name in _KEYS)
 
     refusals = figures["refusals"]
+    clamped = figures["clamped"]["held_out"][judge]
+    others = [clamped[label] for label in ("refuse", "beside", "degenerate")]
     return (
         f"The embedded judge{at} itself, where it was validated (the bundled model, 32 tokens, default thresholds): on "
         f"held-out human labels of refusals, an answer to something else being one, "
         f"{rates(refusals['held_out'][judge])}; on those that the text alone can show, "
         f"{rates(refusals['held_out_tellable'][judge])}. On degenerate text labelled by language models: "
-        f"{rates(figures['degenerate']['held_out']['embedded'])}."
+        f"{rates(figures['degenerate']['held_out']['embedded'])}. Of what the brittle bundled model wrote on harmful "
+        f"prompts under clamps that break it, read by two language models, it calls {clamped['comply']['count']} of "
+        f"{clamped['comply']['n']} compliances `comply`, and {sum(found['count'] for found in others)} of "
+        f"{sum(found['n'] for found in others)} refusals, texts beside the point and texts that are no language."
     )
 
 
