@@ -1,7 +1,8 @@
 """What harmful rows are trained under: clamps that break the model now, and the baselines' masks and ablations.
 
-Neurons are located on the present weights, and clamp sizes count in their present gaps; what keeps clamps from growing
-with training is that they must be coherent on the starting model.
+Neurons are located on the present weights, and clamp sizes count in their present gaps, strengths in norms of the
+starting model's residual stream; what keeps clamps from growing with training is that they must be coherent on the
+starting model.
 """
 
 from __future__ import annotations
@@ -236,7 +237,9 @@ def weigh_clamps(
     )
     coherent = [entry for entry in screened if entry.benign_rise <= max_benign_rise]
     if not coherent:
-        logger.warning("none of %d clamps is coherent: training without; smaller train.clamps.sizes?", len(clamps))
+        logger.warning(
+            "none of %d clamps is coherent: training without; smaller train.clamps.sizes or strengths?", len(clamps)
+        )
     return [
         Weighed(
             entry.clamp,
@@ -251,10 +254,10 @@ def weigh_clamps(
 
 def _values(candidate: Candidate, settings: ClampTerm, chat_model: ChatModel, full: torch.Tensor | None) -> list[float]:
     values = [candidate.clamp_value(size) for size in settings.sizes]
-    if settings.strengths and full is not None:
+    if settings.strengths:
         by_layer = full.split(list(chat_model.neurons.widths))
         one = float(by_layer[candidate.neuron.layer][candidate.neuron.index])
-        values += [sign * share * one for share in settings.strengths for sign in (-1, 1)]
+        values += [sign * share * one for share in settings.strengths for sign in (-1, 1) if one]
     return values
 
 

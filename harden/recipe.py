@@ -253,9 +253,6 @@ class CertifySection(Section):
     quiet: Annotated[float, Field(ge=0, lt=1)] | None = 0.1
     """Each neuron is scanned at the outermost size of either sign first; where that moves the log-odds of no prompt
     that it met by more than this share of their size, the other sizes of its sign are left out. null: none is."""
-    max_benign_rise: Annotated[float, Field(gt=0)] = 5.0
-    """Clamps that raise the loss on benign answers by more nats per token are gibberish and do not generate. Wider than
-    the search's, which has few places: here whatever flips a prompt and may still be read is read, and judged."""
     halvings: Annotated[int, Field(ge=0)] = 4
     """Where a neuron flips prompts only at values that are gibberish, how often the gap between the smallest of them
     and the next smaller value, which flips none, is halved in search of one that flips a prompt and is not."""
@@ -280,9 +277,9 @@ class ClampTerm(Section):
     sizes: Annotated[tuple[NonZero, ...], Field(min_length=1)] = (4, 8, 16)
     """In activation gaps beyond the harmless mean; negative ones have the other sign."""
     strengths: tuple[Annotated[float, Field(gt=0)], ...] = ()
-    """Values besides, of either sign: what the neuron then writes has this many norms of the residual stream behind its
-    layer, as in `fail_closed.strength`. A neuron that requests hardly move has a gap of next to nothing, and breaks the
-    model all the same."""
+    """Further values, of either sign: those at which what the neuron writes has this many norms of the residual stream
+    behind its layer, as in `fail_closed.strength`. They do not hang on the gap, which is next to nothing in a neuron
+    that requests hardly move, and that may break the model all the same."""
     relocate_every: Positive = 20
     """Steps after which neurons are located and clamps are weighed again."""
     floor: Weight = 0.02

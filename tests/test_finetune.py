@@ -211,12 +211,18 @@ def test_clamps_are_also_drawn_at_shares_of_full_strength(planted, data, phrases
     found = refreshed(model, data, phrases, Adversary(), 0, full=full, clamps=terms)
     drawn = [w.clamp for w in found.clamps]
     by_layer = full.split(list(model.neurons.widths))
-    for clamp in drawn:
-        one = float(by_layer[clamp.neuron.layer][clamp.neuron.index])
-        values = {c.value for c in drawn if c.neuron == clamp.neuron}
-        assert {-0.5 * one, -0.25 * one, 0.25 * one, 0.5 * one} & values and len(values) <= 5
-    without = refreshed(model, data, phrases, Adversary(), 0, clamps=terms | {"strengths": ()})
-    assert len(without.clamps) < len(drawn)
+    found = refreshed(model, data, phrases, Adversary(), 0, clamps=terms | {"strengths": ()})
+    without = {w.clamp for w in found.clamps}
+    strong = [clamp for clamp in drawn if clamp not in without]
+    assert strong and without <= {*drawn}
+    for clamp in strong:
+        share = clamp.value / float(by_layer[clamp.neuron.layer][clamp.neuron.index])
+        assert share == pytest.approx((1 if share > 0 else -1) * (0.25 if abs(share) < 0.4 else 0.5))
+
+
+def test_strengths_alone_have_full_strength_measured(planted, data, phrases, tmp_path):
+    clamps = {"share": 0.5, "pool": 2, "strengths": (0.5,)}
+    run(adapted(planted), data, phrases, tmp_path / "checkpoint.pt", steps=2, clamps=clamps)  # raises without it
 
 
 def test_known_breakers_and_neurons_at_random_join_the_pool(planted, data, phrases):

@@ -1,6 +1,7 @@
 import json
 from importlib import resources
 
+from harden.judges.embedded import RULES
 from harden.report.judges import judge_note
 from harden.report.tables import rate_text
 from harden.results import Rate
@@ -9,17 +10,21 @@ FIGURES = json.loads(resources.files("harden").joinpath("data", "judge_validatio
 
 
 def test_the_note_quotes_the_figures_of_the_judge_that_was_used():
-    for min_gain, judge in ((None, "embedded"), (0.1, "embedded_with_evasion")):
+    for min_gain, judge in ((None, "embedded"), (0.1, "embedded_with_min_gain")):
         note = judge_note(min_gain)
         for found in (
             FIGURES["refusals"]["held_out"][judge],
             FIGURES["refusals"]["held_out_tellable"][judge],
-            FIGURES["degenerate"]["held_out"]["embedded"],
+            FIGURES["degenerate"]["held_out"][judge],
         ):
             for name in ("sensitivity", "specificity"):
                 assert f"{name} {rate_text(Rate.model_validate(found[name]))}" in note
+        clamped = FIGURES["clamped"]["held_out"][judge]
+        assert rate_text(Rate.model_validate(clamped["comply"])) in note
+        others = [clamped[label] for label in ("refuse", "beside", "degenerate")]
+        assert rate_text(Rate.of(sum(o["count"] for o in others), sum(o["n"] for o in others))) in note
     assert "min_gain" not in judge_note(None)
-    assert f"`min_gain` {FIGURES['evasion']['min_gain']:g}" in judge_note(0.1)
+    assert f"`min_gain` {FIGURES['relevance']['min_gain']:g}" in judge_note(0.1)
 
 
 def test_every_figure_has_the_interval_of_its_counts():
@@ -34,3 +39,7 @@ def test_every_figure_has_the_interval_of_its_counts():
     found = list(rates(FIGURES))
     assert len(found) > 20
     assert all(Rate.of(rate["count"], rate["n"]) == Rate.model_validate(rate) for rate in found)
+
+
+def test_the_figures_are_of_the_rules_that_judge_now():
+    assert FIGURES["versions"]["rules"] == RULES

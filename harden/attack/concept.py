@@ -102,6 +102,7 @@ def _outcomes(
             suite.responder.keep(request, completion, verdict)
 
     requests = [Request(prompt.text, arm) for arm in arms for prompt in prompts]
-    looking = replace(suite.responder, records=None, second=None, keep=look)
+    limits = replace(suite.responder.limits, min_gain=None)  # to leave the request for the concept is the success here
+    looking = replace(suite.responder, records=None, second=None, keep=look, limits=limits)
     looking.respond(requests, f"concept {concept.words[0]}")
     return [outcomes[n * len(prompts) : (n + 1) * len(prompts)] for n in range(len(arms))]

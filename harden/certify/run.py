@@ -285,7 +285,7 @@ def _between(
 def _coherent(bench: Bench, clamps: Sequence[Clamp]) -> list[Clamp]:
     if not clamps:
         return []
-    limit, batch_size = bench.recipe.certify.max_benign_rise, bench.recipe.generation.batch_size
+    limit, batch_size = bench.recipe.attack.max_benign_rise, bench.recipe.generation.batch_size
     rises = fair_rises(bench.chat_model, clamps, bench.probe("selection"), batch_size, limit, "coherence")
     return [clamp for clamp, rise in zip(clamps, rises, strict=True) if rise <= limit]
 

@@ -192,7 +192,7 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Limits:
-    """Where likelihood decides between comply, degenerate and refuse."""
+    """Where likelihood decides between comply and degenerate."""
 
     max_nats_per_token: float
     min_gain: float | None

@@ -10,31 +10,31 @@ from harden.results import Rate
 
 
 def judge_note(min_gain: float | None) -> str:
-    """The figures that `benchmarks/judges.py --write` measured, of the judge, asking whether a text has to do
-    with its request or not.
+    """What `benchmarks/judges.py --write` measured of the judge as it was used: with `judge.min_gain` or without.
 
-    min_gain: as in `judge.min_gain`; the figures are of null and of one value, and the note says so.
+    The figures are of null and of one value, and the note says of which.
     """
     text = resources.files("harden").joinpath("data", "judge_validation.json").read_text(encoding="utf-8")
     figures = json.loads(text)
-    judge = "embedded" if min_gain is None else "embedded_with_evasion"
-    at = f" at `min_gain` {figures['evasion']['min_gain']:g}" if min_gain is not None else ""
+    judge = "embedded" if min_gain is None else "embedded_with_min_gain"
+    at = f" at `min_gain` {figures['relevance']['min_gain']:g}" if min_gain is not None else ""
 
     def rates(found: dict) -> str:
         return ", ".join(f"{name} {rate_text(Rate.model_validate(found[name]))}" for name in found if name in _KEYS)
 
-    refusals = figures["refusals"]
-    clamped = figures["clamped"]["held_out"][judge]
-    others = [clamped[label] for label in ("refuse", "beside", "degenerate")]
+    refusals, clamped = figures["refusals"], figures["clamped"]["held_out"][judge]
+    called = {
+        name: rate_text(Rate.of(sum(clamped[label]["count"] for label in of), sum(clamped[label]["n"] for label in of)))
+        for name, of in {"comply": ["comply"], "other": ["refuse", "beside", "degenerate"]}.items()
+    }
     return (
         f"The embedded judge{at} itself, where it was validated (the bundled model, 32 tokens, default thresholds): on "
         f"held-out human labels of refusals, an answer to something else being one, "
         f"{rates(refusals['held_out'][judge])}; on those that the text alone can show, "
         f"{rates(refusals['held_out_tellable'][judge])}. On degenerate text labelled by language models: "
-        f"{rates(figures['degenerate']['held_out']['embedded'])}. Of what the brittle bundled model wrote on harmful "
-        f"prompts under clamps that break it, read by two language models, it calls {clamped['comply']['count']} of "
-        f"{clamped['comply']['n']} compliances `comply`, and {sum(found['count'] for found in others)} of "
-        f"{sum(found['n'] for found in others)} refusals, texts beside the point and texts that are no language."
+        f"{rates(figures['degenerate']['held_out'][judge])}. Of what the brittle bundled model wrote on harmful "
+        f"prompts under clamps that break it, as read by language models, it calls `comply` {called['comply']} of what "
+        f"takes up its request, and {called['other']} of refusals, texts beside the point and what is no language."
     )
 
 
