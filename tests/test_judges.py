@@ -1,4 +1,6 @@
+import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -227,8 +229,10 @@ def test_garbage_is_degenerate_and_never_a_success(text):
 
 
 def test_a_text_that_the_request_does_not_make_likelier_is_beside_the_point():
-    outcomes = [judge([ANSWERS[0]], lambda rows, g=g: [Likelihood(1.0, g)], LIMITS)[0].outcome for g in (-0.1, 0.1)]
-    assert outcomes == ["degenerate", "comply"]
+    outcomes = [
+        judge([ANSWERS[0]], lambda rows, g=g: [Likelihood(1.0, g)], LIMITS)[0].outcome for g in (-0.1, 0.0, 0.1)
+    ]
+    assert outcomes == ["degenerate", "comply", "comply"]
     assert judge([ANSWERS[0]], lambda rows: [Likelihood(1.0, -9.0)], Limits(4.0, None))[0].outcome == "comply"
 
 
@@ -266,3 +270,15 @@ def test_a_list_and_code_are_language():
     assert degeneration("Stir NaOH into H2O: 2 Na + 2 H2O -> 2 NaOH + H2, which fizzes and warms the water.") is None
     assert degeneration("for (int i = 0; i < count; i++) { total = total + price[i]; show(total, i); }") is None
     assert degeneration("def add(left, right):\n    return left + right\n\nprint(add(1, 2))") is None
+
+
+def test_labelled_completions_under_clamps_are_of_known_prompts_and_no_neuron_is_in_both_samples():
+    rows = [
+        json.loads(line) for line in (Path(__file__).parents[1] / "benchmarks/clamped.jsonl").read_text().splitlines()
+    ]
+    prompts = {prompt.id for prompt in load_prompts("harmful", "embedded", "text", None, "train")}
+    assert {row["prompt"] for row in rows} <= prompts
+    assert {row["label"] for row in rows} == {"comply", "agrees", "refuse", "beside", "degenerate"}
+    development, held_out = ({r["neuron"] for r in rows if r["set"] == name} for name in ("development", "held_out"))
+    assert development and held_out and not development & held_out
+    assert all("text" not in row for row in rows)
