@@ -76,6 +76,11 @@ class Bench:
         inside = [name for name in ("spread", "leverage") if training and getattr(recipe.train, name).weight]
         shard_frozen_weights(self.chat_model, inside[0] if inside else None)
         self.phrases = RefusalPhrases(self.chat_model.chat, recipe.refusal.phrases)
+        if recipe.judge.min_gain is not None and recipe.judge.reference not in (None, recipe.model.name):
+            logger.warning(
+                "judge.min_gain %g is asked of %s, not of %s: set both to null unless one was made from the other",
+                recipe.judge.min_gain, recipe.judge.reference, recipe.model.name,
+            )  # fmt: skip
         reference = self._load(recipe.judge.reference, device) if recipe.judge.reference else None
         second = load_judge(recipe.judge.second, device) if recipe.judge.second else None
         folder.create()  # only now: a recipe that cannot be loaded leaves nothing behind

@@ -19,6 +19,7 @@ from harden.judges.base import Judgement
 from harden.planted import PLANTED_NEURON
 from harden.recipe import AttackName, JudgeSection, load_recipe
 from harden.results import SuiteResults, holm, mcnemar
+from harden.runfolder import RunFolder
 
 CONCEPT = "soup|cake"
 
@@ -106,6 +107,22 @@ def test_concepts_are_measured_with_and_without_amplification(results):
     (concept,) = results.concepts
     assert concept.concept == CONCEPT and concept.plain.n == concept.shown.n == 16
     assert concept.interventions[0].startswith("add ")
+
+
+def test_whether_an_answer_has_to_do_with_its_request_is_not_asked_of_concepts(results, setup):
+    recipe = recipe_for(setup, "irrelevant", attacks=["concept"])
+    found = attack(recipe.model_copy(update={"judge": JudgeSection(min_gain=99.0)}))
+    assert found.concepts == results.concepts
+
+
+def test_a_judge_made_for_another_model_is_pointed_out(setup, planted_folder, caplog):
+    recipe = recipe_for(setup, "other", attacks=["constant"])
+    for min_gain, warned in ((None, False), (0.1, True)):
+        caplog.clear()
+        judge = JudgeSection(min_gain=min_gain, reference=str(planted_folder))
+        own = {"judge": judge, "output": f"{recipe.output}-{warned}"}
+        bench.Bench(recipe.model_copy(update=own), RunFolder(recipe.model_copy(update=own)), training=False)
+        assert ("set both to null" in caplog.text) is warned
 
 
 def test_the_folder_holds_the_page_the_results_and_no_text(results, setup):
