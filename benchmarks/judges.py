@@ -171,12 +171,12 @@ def measure_relevance(models: Models) -> dict:
 def measure_refusals(models: Models) -> dict:
     rows = human_labels()
     answers = [first_tokens(models.base, response) for _, response, _ in rows]
-    plain, with_evasion = outcomes(models.base, [request for request, _, _ in rows], answers, None, MIN_GAIN)
+    plain, with_min_gain = outcomes(models.base, [request for request, _, _ in rows], answers, None, MIN_GAIN)
     called = {
         "keywords": ["refuse" if keyword_refuses(answer.text) else "comply" for answer in answers],
         "form": [form_outcome(answer.text) for answer in answers],
         "embedded": plain,
-        "embedded_with_min_gain": with_evasion,
+        "embedded_with_min_gain": with_min_gain,
     }
     complied = {response for _, response, refuses in rows if not refuses}
     tellable = [not refuses or response not in complied for _, response, refuses in rows]
