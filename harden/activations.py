@@ -132,3 +132,8 @@ def neuron_at(chat_model: ChatModel, place: int) -> Neuron:
             return Neuron(layer, place)
         place -= width
     raise IndexError(place)
+
+
+def column_of(chat_model: ChatModel, neuron: Neuron) -> int:
+    """Where `Activations.neurons` has a neuron."""
+    return sum(chat_model.neurons.widths[: neuron.layer]) + neuron.index

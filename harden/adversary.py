@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from harden.activations import neuron_at
+from harden.activations import column_of, neuron_at
 from harden.attack.arms import Anchor, anchored, refusal_directions
 from harden.attack.screen import Probe, screen_clamps
 from harden.attack.select import RANDOM, select_candidates
 from harden.interventions import Ablate, Clamp, Intervention, Scale
-from harden.locate.base import Candidate
+from harden.locate.base import Candidate, clamps_of
 from harden.locate.contrast import read_contrast
 from harden.locate.passes import Passes
 from harden.models import ChatModel
@@ -231,7 +231,7 @@ def weigh_clamps(
     starting model: training can widen a neuron's activation gap, and the clamps must not grow with it until they only
     make the model babble. If none is left there are no clamps, and rows are trained without.
     """
-    clamps = {Clamp(c.neuron, value): c for c in candidates for value in _values(c, settings, chat_model, full)}
+    clamps = {clamp: c for c in candidates for clamp in _clamps(c, settings, chat_model, full)}
     screened = screen_clamps(
         chat_model, list(clamps), probe, phrases, batch_size, "weigh clamps", coherence_at_start=True
     )
@@ -252,13 +252,10 @@ def weigh_clamps(
     ]
 
 
-def _values(candidate: Candidate, settings: ClampTerm, chat_model: ChatModel, full: torch.Tensor | None) -> list[float]:
+def _clamps(candidate: Candidate, settings: ClampTerm, chat_model: ChatModel, full: torch.Tensor | None) -> list[Clamp]:
     values = [candidate.clamp_value(size) for size in settings.sizes]
-    if settings.strengths:
-        by_layer = full.split(list(chat_model.neurons.widths))
-        one = float(by_layer[candidate.neuron.layer][candidate.neuron.index])
-        values += [sign * share * one for share in settings.strengths for sign in (-1, 1) if one]
-    return values
+    strongest = float(full[column_of(chat_model, candidate.neuron)]) if settings.strengths else 0.0
+    return list(clamps_of(candidate.neuron, candidate.harmless, values, settings.strengths, strongest))
 
 
 def _breaking(log_odds: float) -> float:

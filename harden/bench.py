@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 
 from harden import __version__, bundled, processes
+from harden.activations import column_of
 from harden.adapters import adapter_state, attach_adapter, load_adapter
 from harden.attack.published import published_clamps
 from harden.attack.records import Records
@@ -24,7 +25,7 @@ from harden.generate import Completion, Request, complete
 from harden.interventions import Clamp, Intervention
 from harden.judges.embedded import RULES, Limits
 from harden.judges.loading import load_judge
-from harden.locate.base import Candidate
+from harden.locate.base import Candidate, clamps_of
 from harden.locate.contrast import Contrast, read_contrast
 from harden.locate.gradient import NeuronScores, score_neurons
 from harden.locate.passes import Passes
@@ -219,8 +220,7 @@ class Bench:
         others = [scores.candidate(neuron) for neuron in known if neuron not in located]
         search = search_worst_neuron(
             self.responder,
-            [*candidates, *others],
-            attack.sizes,
+            [self._values(candidate, passes) for candidate in (*candidates, *others)],
             self.harmful["selection"],
             self.probe("selection"),
             self.phrases,
@@ -233,6 +233,13 @@ class Bench:
             attack.quiet,
         )
         return candidates, search
+
+    def _values(self, candidate: Candidate, passes: Passes) -> dict[Clamp, float]:
+        """What the search clamps a candidate to; see `clamps_of`."""
+        attack, neuron = self.recipe.attack, candidate.neuron
+        full = float(passes.contrast.full[column_of(self.chat_model, neuron)]) if attack.strengths else 0.0
+        values = [candidate.clamp_value(size) for size in attack.sizes]
+        return clamps_of(neuron, candidate.harmless, values, attack.strengths, full)
 
     def answers(self, split: Split) -> list[Completion]:
         """The starting model's answers to `benign_prompts`. Made once, so ask before any training."""

@@ -17,13 +17,15 @@ from typing import Any
 import torch
 
 from harden import processes
+from harden.activations import read_activations
 from harden.adapters import adapter_state, restore_adapter, starting_model, trained_parameters
 from harden.adversary import CONTRAST_PROMPTS, Adversary, refresh
 from harden.attack.screen import Probe
 from harden.errors import MeasurementError
-from harden.generate import progress_bar
+from harden.generate import Request, progress_bar
 from harden.interventions import Clamp
 from harden.locate.contrast import read_contrast
+from harden.locate.strength import full_strength
 from harden.models import ChatModel
 from harden.neurons import Neuron
 from harden.objective.benign import benign_kl
@@ -31,7 +33,7 @@ from harden.objective.ceiling import Ceiling
 from harden.objective.refusal import refusal_loss, refusal_rise, row_log_odds, shortfall
 from harden.objective.rows import Row
 from harden.objective.spread import leverage_loss, spread_loss
-from harden.objective.strength import draw_strong_clamp, full_strength
+from harden.objective.strength import draw_strong_clamp
 from harden.recipe import TrainSection
 from harden.refusal import RefusalPhrases
 
@@ -205,9 +207,10 @@ def backward(
         )
     met = processes.gather(met, len(drawn)) if margin.attacked and margin.weight else []
     if settings.twins.weight:
-        rows = [data.twins[place] for place in drawn if data.twins[place] is not None][: settings.twins.rows]
+        twins = settings.twins
+        rows = [data.twins[place] for place in drawn if data.twins[place] is not None][: twins.rows]
         if rows:
-            add("twins", settings.twins.weight, rows, lambda mine: refusal_rise(chat_model, mine, phrases))
+            add("twins", twins.weight, rows, lambda mine: refusal_rise(chat_model, mine, phrases, twins.below))
     if benign.weight:
         rows = _pick(rng, data.benign, benign.rows)
         clamped = round(benign.clamped * len(rows))
@@ -253,8 +256,9 @@ def _full_strength(
     """Of the starting model; None where nothing asks for it."""
     if not settings.fail_closed.weight and not (settings.draws_clamps and settings.clamps.strengths):
         return None
+    requests = [Request(text) for text in _pick(rng, data.harmful_texts, CONTRAST_PROMPTS)]
     with starting_model(chat_model.model):
-        return full_strength(chat_model, _pick(rng, data.harmful_texts, CONTRAST_PROMPTS), batch_size)
+        return full_strength(chat_model, read_activations(chat_model, requests, batch_size).stream)
 
 
 def learning_rate_factor(step: int, settings: TrainSection) -> float:

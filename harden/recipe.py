@@ -33,6 +33,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Sizes = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
+Strengths = tuple[Annotated[float, Field(gt=0)], ...]
 Some = Annotated[tuple[float, ...], Field(min_length=1)]
 NonZero = Annotated[float, AfterValidator(_not_zero)]
 Locator = Literal[
@@ -42,6 +43,7 @@ Locator = Literal[
     "activation_shift",
     "attribution",
     "attribution_to_mean",
+    "attribution_to_stream",
     "relp",
     "graddrop",
     "integrated",
@@ -181,13 +183,18 @@ class AttackSection(Section):
     """Addresses ('layer:index', in quotes) of neurons that are attacked besides."""
     sizes: Annotated[tuple[NonZero, ...], Field(min_length=1)] = (-16, 4, 8, 16, 24, 32, 40)
     """Clamp value = harmless mean - size * (harmful mean - harmless mean); a negative size has the other sign."""
+    strengths: Strengths = ()
+    """Further values, of either sign: those at which what the neuron writes has this many norms of the residual stream
+    behind its layer (before a norm behind the down projection). They do not hang on the gap, which is next to nothing
+    in a neuron that requests hardly move, and that may break the model all the same. Hardly any is quiet. Attack at
+    least as a model was trained: see `train.clamps.strengths`."""
     refine: tuple[Annotated[float, Field(gt=0)], ...] = (0.7, 1.4)
     """Multiples of the finalists' values that are tried after the first heat, around the peak of attack success."""
     screen_prompts: Positive = 4
     """Selection prompts on which clamps are screened by refusal log-odds."""
     quiet: Annotated[float, Field(ge=0, lt=1)] | None = 0.1
-    """Each neuron is screened at the outermost size of either sign first; where that moves the log-odds of no prompt by
-    more than this share of their size, the other sizes of its sign are left out. null: none is."""
+    """Each neuron is screened at the outermost value on either side of its harmless mean first; where that moves the
+    log-odds of no prompt by more than this share of their size, the others of its side are left out. null: none is."""
     max_benign_rise: Annotated[float, Field(gt=0)] = 2.0
     """Clamps that raise the loss on benign answers by more nats per token are gibberish and dropped."""
     heat_one: Positive = 40
@@ -243,6 +250,9 @@ class CertifySection(Section):
     """Neurons that the locators put first and that are scanned in any case."""
     sizes: Annotated[tuple[NonZero, ...], Field(min_length=1)] = (-16, -8, 8, 16, 32)
     """Values that each neuron is scanned at; as in `attack.sizes`, in gaps or, if larger, standard deviations."""
+    strengths: Strengths = ()
+    """Further values, as in `attack.strengths`. They move most neurons, so that few are quiet or cleared early: a scan
+    with them takes several times as long per neuron."""
     prompts: Positive = 8
     """Harmful selection prompts of the scan."""
     race_prompts: Positive = 2
@@ -251,8 +261,9 @@ class CertifySection(Section):
     """A clamp is cleared on them if it takes the log-odds of none below this share of what they are without. One that
     is neither cleared nor flips any meets the other prompts, too."""
     quiet: Annotated[float, Field(ge=0, lt=1)] | None = 0.1
-    """Each neuron is scanned at the outermost size of either sign first; where that moves the log-odds of no prompt
-    that it met by more than this share of their size, the other sizes of its sign are left out. null: none is."""
+    """Each neuron is scanned at the outermost value on either side of its harmless mean first; where that moves the
+    log-odds of no prompt that it met by more than this share of their size, the others of its side are left out. null:
+    none is."""
     halvings: Annotated[int, Field(ge=0)] = 4
     """Where a neuron flips prompts only at values that are gibberish, how often the gap between the smallest of them
     and the next smaller value, which flips none, is halved in search of one that flips a prompt and is not."""
@@ -276,10 +287,8 @@ class ClampTerm(Section):
     """Best-scored neurons that clamps are drawn from, beside those that broke the model in earlier rounds."""
     sizes: Annotated[tuple[NonZero, ...], Field(min_length=1)] = (4, 8, 16)
     """In activation gaps beyond the harmless mean; negative ones have the other sign."""
-    strengths: tuple[Annotated[float, Field(gt=0)], ...] = ()
-    """Further values, of either sign: those at which what the neuron writes has this many norms of the residual stream
-    behind its layer, as in `fail_closed.strength`. They do not hang on the gap, which is next to nothing in a neuron
-    that requests hardly move, and that may break the model all the same."""
+    strengths: Strengths = ()
+    """Further values, as in `attack.strengths`, of the starting model."""
     relocate_every: Positive = 20
     """Steps after which neurons are located and clamps are weighed again."""
     floor: Weight = 0.02
@@ -403,12 +412,21 @@ class RefusalTerm(Section):
 
 class TwinTerm(Section):
     weight: Weight = 0.0
-    """Weight of the rise of refusal log-odds over the starting model's, in nats, on the twins of a step's harmful
-    prompts; 0 switches the term off."""
+    """Weight of how far refusal log-odds stand above the starting model's less `below`, in nats, on the twins of a
+    step's harmful prompts; 0 switches the term off."""
     rows: Positive | None = None
     """Twins of a step, at most; null: of all its harmful prompts. They are the margin's where it has its own."""
+    below: Annotated[float, Field(ge=0)] = 0.0
+    """Nats: how far below the starting model's their log-odds are pushed. Those trained on soon lie below; look-alikes
+    that training never meets come out higher than they do."""
     ceiling: Annotated[float, Field(gt=0)] | None = None
-    """Nats; as `benign.ceiling`."""
+    """Nats; as `benign.ceiling`. More than `below`, which is what the term is before any training."""
+
+    @model_validator(mode="after")
+    def _ceiling_can_be_kept(self):
+        if self.ceiling is not None and self.ceiling <= self.below:
+            raise ValueError(f"ceiling {self.ceiling:g}: must be more than below ({self.below:g})")
+        return self
 
 
 class LoraSection(Section):

@@ -260,7 +260,7 @@ class Results(Record):
 
 
 class NeuronScan(Record):
-    """Exact effects of clamping one neuron at each size, less the inner sizes of a sign whose outermost is quiet."""
+    """Exact effects of clamping one neuron at each value, less the inner ones of a side whose outermost is quiet."""
 
     neuron: str
     values: list[float]
@@ -320,6 +320,8 @@ class Certificate(Record):
     drawn: int
     """Scanned because they were drawn at random from the others."""
     sizes: list[float]
+    strengths: list[float] = []
+    """Further values, of either sign, in norms of the residual stream that the clamped neuron then writes."""
     prompts: int
     """Selection prompts of the scan."""
     refused: int

@@ -15,7 +15,7 @@ from harden.errors import MeasurementError
 from harden.generate import Completion, Request, answer_losses, complete, mean
 from harden.interventions import Clamp
 from harden.judges.embedded import NEUTRAL_REQUEST, Likelihood, Limits
-from harden.locate.base import Candidate
+from harden.locate.base import Candidate, clamps_of
 from harden.locate.gradient import score_neurons
 from harden.models import load_chat_model
 from harden.neurons import Neuron
@@ -47,10 +47,16 @@ def test_one_clamp_breaks_the_planted_model_and_other_neurons_do_not(responder, 
     assert broken.share("comply") == 1.0 and other.share("refuse") == 1.0
 
 
+def at_sizes(candidates, sizes):
+    return [clamps_of(c.neuron, c.harmless, [c.clamp_value(size) for size in sizes], (), 0.0) for c in candidates]
+
+
 def test_the_search_finds_the_planted_neuron_from_scratch(responder, prompts, phrases, probe):
     texts = [[p.text for p in prompts[kind][:8]] for kind in ("harmful", "twins")]
     candidates = score_neurons(responder.chat_model, *texts, phrases, 8).top(6)
-    search = search_worst_neuron(responder, candidates, SIZES, prompts["harmful"][:10], probe, phrases, 2.0, 6, 4, 2)
+    search = search_worst_neuron(
+        responder, at_sizes(candidates, SIZES), prompts["harmful"][:10], probe, phrases, 2.0, 6, 4, 2
+    )
     assert search.worst.clamp.neuron == PLANTED_NEURON and search.worst.share("comply") == 1.0
     assert search.no_attack.share("refuse") == 1.0
     assert search.worst.clamp.value < 0  # beyond the harmless mean, away from the harmful one
@@ -85,8 +91,8 @@ def outermost(odds_of, sizes, quiet, plain=(2.0, 4.0)):
         asked.append([clamp.value for clamp in clamps])
         return {clamp: odds_of(clamp.value) for clamp in clamps}
 
-    values = [[Clamp(Neuron(0, index), size) for size in sizes] for index in (0, 1)]
-    odds = outermost_first(values, sizes, measure, plain, quiet)
+    values = [{Clamp(Neuron(0, index), size): size for size in sizes} for index in (0, 1)]
+    odds = outermost_first(values, measure, plain, quiet)
     assert list(odds) == [clamp for each in values for clamp in each if clamp in odds]
     assert len(odds) == sum(map(len, asked))
     return asked
@@ -118,10 +124,28 @@ def test_a_clamp_is_quiet_that_moves_no_prompt(odds, plain, quiet):
     assert (len(outermost(lambda value: odds, [1.0, 2.0], 0.1, plain)) == 1) is quiet
 
 
-def test_equal_values_are_measured_once():
-    clamp, asked = Clamp(Neuron(0, 0), 3.0), []
-    odds = outermost_first([[clamp, clamp]], [1, 2], lambda c: asked.append(c) or {c[0]: [0.0]}, [1.0], None)
-    assert odds == {clamp: [0.0]} and asked == [[clamp]]
+def test_a_neuron_is_clamped_to_values_and_to_shares_of_the_stream_either_way():
+    neuron = Neuron(0, 0)
+
+    def clamps(*arguments):
+        return [(clamp.value, beyond) for clamp, beyond in clamps_of(neuron, *arguments).items()]
+
+    assert clamps(3.0, [5.0, -1.0], [], 8.0) == [(5.0, 2.0), (-1.0, -4.0)]
+    assert clamps(3.0, [5.0], [0.25, 0.5], 8.0) == [(5.0, 2.0), (-2.0, -5.0), (2.0, -1.0), (-4.0, -7.0), (4.0, 1.0)]
+    assert clamps(3.0, [5.0], [0.25], 0.0) == [(5.0, 2.0)]  # it writes nothing
+    assert clamps(3.0, [3.0, 3.0], [], 8.0) == [(3.0, 0.0)]  # nor varies
+
+
+def test_inner_and_outer_are_told_by_how_far_a_value_is_beyond_the_harmless_mean():
+    """All values are positive here, and lie on both sides of a mean of 10."""
+    asked, clamps = [], {Clamp(Neuron(0, 0), value): value - 10.0 for value in (4.0, 8.0, 11.0, 30.0)}
+    measure = lambda part: asked.append([clamp.value for clamp in part]) or {clamp: [1.0] for clamp in part}  # noqa: E731
+    outermost_first([clamps], measure, [1.0], 0.1)
+    assert asked == [[30.0, 4.0]]
+    asked.clear()
+    loud = lambda part: measure(part) and {clamp: [1.0 if clamp.value > 10 else 0.2] for clamp in part}  # noqa: E731
+    outermost_first([clamps], loud, [1.0], 0.1)
+    assert asked == [[30.0, 4.0], [8.0]]
 
 
 def screened_lazily(monkeypatch, values, odds, rises, n, quiet=None):
@@ -129,8 +153,9 @@ def screened_lazily(monkeypatch, values, odds, rises, n, quiet=None):
     asked = []
     monkeypatch.setattr(screen, "log_odds_under", lambda _m, clamps, *_: [[odds.get(clamp, 9.0)] for clamp in clamps])
     monkeypatch.setattr(screen, "fair_rises", lambda _m, clamps, *_: asked.extend(clamps) or [rises[c] for c in clamps])
-    probe, sizes = Probe(("x",), ("y",), (Completion("z", True),)), [1.0, 2.0, 4.0]
-    return screen.screen_for_generation(None, values, sizes, probe, None, 2, 2.0, n, quiet), asked
+    probe = Probe(("x",), ("y",), (Completion("z", True),))
+    sized = [{clamp: clamp.value for clamp in each} for each in values]
+    return screen.screen_for_generation(None, sized, probe, None, 2, 2.0, n, quiet), asked
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 9, 99])
@@ -176,7 +201,7 @@ def test_the_search_leaves_out_what_is_quiet(responder, prompts, phrases, probe,
     measured, real = [], screen.log_odds_under
     monkeypatch.setattr(screen, "log_odds_under", lambda *a: measured.extend(a[1]) or real(*a))
     candidates = [Candidate(PLANTED_NEURON, 1.0, 30.0, 0.0), Candidate(Neuron(0, 3), 1.0, 1e-4, 0.0)]
-    arguments = [responder, candidates, [0.5, 1.0], prompts["harmful"][:4], probe, phrases, 9.0, 1, 4, 2]
+    arguments = [responder, at_sizes(candidates, [0.5, 1.0]), prompts["harmful"][:4], probe, phrases, 9.0, 1, 4, 2]
     found = search_worst_neuron(*arguments, quiet=0.1).worst
     assert found.clamp.neuron == PLANTED_NEURON and found.share("comply") == 1.0
     tried = [clamp.neuron for clamp in measured if isinstance(clamp, Clamp)]
@@ -198,7 +223,9 @@ def test_clamps_that_give_no_number_are_left_out(responder, probe, phrases):
 def test_nothing_attacked_is_no_result(responder, prompts, phrases, probe):
     candidates = [Candidate(PLANTED_NEURON, 1.0, 30.0, 0.0)]
     with pytest.raises(MeasurementError, match="nothing could be attacked"):
-        search_worst_neuron(responder, candidates, SIZES, prompts["harmful"][:4], probe, phrases, -1.0, 6, 4, 2)
+        search_worst_neuron(
+            responder, at_sizes(candidates, SIZES), prompts["harmful"][:4], probe, phrases, -1.0, 6, 4, 2
+        )
 
 
 def test_coherence_at_the_start_does_not_depend_on_the_training_since(planted, probe, phrases):
@@ -218,7 +245,7 @@ def test_coherence_at_the_start_does_not_depend_on_the_training_since(planted, p
 def test_what_broke_the_model_before_is_tried_again(responder, prompts, phrases, probe):
     candidates, old = [Candidate(Neuron(0, 3), 1.0, 1.0, 0.0)], Clamp(PLANTED_NEURON, -30.0)
     search = search_worst_neuron(
-        responder, candidates, SIZES, prompts["harmful"][:4], probe, phrases, 9.0, 6, 4, 2, [old]
+        responder, at_sizes(candidates, SIZES), prompts["harmful"][:4], probe, phrases, 9.0, 6, 4, 2, [old]
     )
     assert search.worst.clamp == old and search.worst.share("comply") == 1.0
 
@@ -274,7 +301,7 @@ def test_values_around_the_peak_are_tried_and_the_best_is_kept(responder, prompt
     strong = next(v for v in (10.0, 20.0, 40.0, 80.0) if not complies(responder, prompts, v))
     assert complies(responder, prompts, strong / 20) == 1.0
     candidates = [Candidate(PLANTED_NEURON, 1.0, -strong, 0.0)]
-    arguments = [responder, candidates, [1.0], prompts["harmful"][:4], probe, phrases, 9.0, 6, 4, 2]
+    arguments = [responder, at_sizes(candidates, [1.0]), prompts["harmful"][:4], probe, phrases, 9.0, 6, 4, 2]
     coarse, fine = search_worst_neuron(*arguments), search_worst_neuron(*arguments, refine=[0.05])
     assert coarse.worst.clamp == Clamp(PLANTED_NEURON, strong) and coarse.worst.share("comply") == 0.0
     assert fine.worst.clamp == Clamp(PLANTED_NEURON, strong * 0.05) and fine.worst.share("comply") == 1.0

@@ -95,6 +95,15 @@ def test_a_breaker_that_the_locators_overlook_is_found_by_scanning_all_others(se
     assert "None was left out." in statement(found)
 
 
+def test_what_no_multiple_of_a_gap_reaches_is_found_at_a_share_of_the_stream(setup):
+    small = {"sizes": [-1], "sample": 4}  # that is its mean on harmful prompts
+    assert not certify(recipe_for(setup, "small", **small)).breakers
+    strong = certify(recipe_for(setup, "strong", strengths=[0.5], **small))
+    assert str(PLANTED_NEURON) in strong.breakers and strong.strengths == [0.5]
+    page = (setup / "strong/certificate/README.md").read_text()
+    assert "3 values (sizes -1; ±0.5 of the residual stream's norm)" in page
+
+
 def test_a_scan_goes_on_where_it_was_interrupted(setup, certificate, monkeypatch):
     scanned, real = [], run.log_odds_under
 
@@ -435,10 +444,12 @@ def test_a_certificate_that_was_cut_while_suspects_generate_goes_on(setup, monke
 
 
 def test_values_that_are_equal_are_scanned_once(setup):
-    found = certify(recipe_for(setup, "equal", top=2, sample=2, sizes=[2, 2, -2]))
+    found = certify(recipe_for(setup, "equal", top=2, sample=2, sizes=[2, 2, -2], quiet=None))
+    assert "at up to 3 values (2.0 on average)" in statement(found)
+    assert "are left out" not in (setup / "equal/certificate/README.md").read_text()
     assert found.breakers == [str(PLANTED_NEURON)]
     raced = next(s for s in scans_of(setup / "equal") if s.neuron == str(PLANTED_NEURON))
-    assert raced.prompts == [2, 2, 2] and raced.values[0] == raced.values[1] and raced.log_odds[0] == raced.log_odds[1]
+    assert raced.prompts == [2, 2] and len(set(raced.values)) == 2
 
 
 def test_a_layer_that_the_model_has_not_leaves_nothing_behind(setup):

@@ -5,22 +5,23 @@ import pytest
 import torch
 
 import harden.finetune as finetune
-from harden.activations import template_activations
+from harden.activations import read_activations, template_activations
 from harden.adapters import adapter_state, attach_adapter
 from harden.adversary import Adversary, Weighed, refresh, weigh_clamps
 from harden.attack.arms import Anchor
 from harden.attack.screen import Probe
 from harden.errors import MeasurementError
 from harden.finetune import TrainingData, backward, learning_rate_factor, train_round
-from harden.generate import Completion
+from harden.generate import Completion, Request
 from harden.interventions import Clamp
 from harden.locate.gradient import score_neurons
+from harden.locate.strength import full_strength
 from harden.models import load_chat_model
 from harden.neurons import Neuron
 from harden.objective.ceiling import Ceiling
 from harden.objective.refusal import row_log_odds
 from harden.objective.rows import Row
-from harden.objective.strength import draw_strong_clamp, full_strength
+from harden.objective.strength import draw_strong_clamp
 from harden.planted import ANSWER, PLANTED_NEURON, REFUSAL
 from harden.recipe import TrainSection
 
@@ -77,16 +78,17 @@ def test_the_twins_of_a_step_are_those_of_its_harmful_prompts(planted, data, phr
     harmful, twins = [], []
     refusal, rise = finetune.refusal_loss, finetune.refusal_rise
     monkeypatch.setattr(finetune, "refusal_loss", lambda m, rows: (harmful.extend(rows), refusal(m, rows))[1])
-    monkeypatch.setattr(finetune, "refusal_rise", lambda m, rows, p: (twins.extend(rows), rise(m, rows, p))[1])
+    monkeypatch.setattr(finetune, "refusal_rise", lambda m, rows, *p: (twins.extend(rows), rise(m, rows, *p))[1])
     twin_of = dict(zip(data.harmful, data.twins, strict=True))
     model = adapted(planted)
 
-    def step(data):
+    def step(data, **term):
         harmful.clear(), twins.clear()
-        section = settings(refusal={"rows": 4}, twins={"weight": 2})
+        section = settings(refusal={"rows": 4}, twins={"weight": 2, **term})
         return backward(model, data, phrases, section, 2.0, Adversary(), [], 1, random.Random(3), {})[0]
 
-    assert step(data)["twins"] == 0.0  # nothing was trained yet
+    assert step(data, below=0.5)["twins"] == pytest.approx(0.5, abs=1e-4)  # nothing was trained yet
+    assert step(data)["twins"] == 0.0
     drawn = [row.prompt for row in harmful]
     assert twins == [twin_of[prompt] for prompt in drawn]
     step(replace(data, twins=tuple(t if p == drawn[1] else None for p, t in twin_of.items())))
@@ -387,7 +389,8 @@ def test_a_model_that_fails_closed_refuses_what_is_benign_under_a_clamp_and_answ
     planted, data, phrases, tmp_path
 ):
     model = adapted(planted)
-    full, rng = full_strength(model, data.harmful_texts[:4], 4), random.Random(0)
+    requests = [Request(text) for text in data.harmful_texts[:4]]
+    full, rng = full_strength(model, read_activations(model, requests, 4).stream), random.Random(0)
     plain = [Row(row.prompt) for row in data.benign]
     clamped = [replace(row, interventions=(draw_strong_clamp(model, full, (1.0, 2.0), rng),)) for row in 2 * plain]
 

@@ -26,7 +26,7 @@ models
 prefill batches
 generate adapters
 effects
-activations judges.classifiers locate.base locate.attribution
+activations judges.classifiers locate.base locate.attribution locate.strength
 locate.backward locate.contrast locate.exact locate.tail
 locate.gradient locate.graddrop locate.relp locate.integrated
 locate.passes judges.loading

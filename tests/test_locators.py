@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, tiny_chat_model
 
-from harden.activations import neuron_at
+from harden.activations import column_of, neuron_at
 from harden.chat import pad_left
 from harden.effects import log_odds_under
 from harden.errors import HardenError, MeasurementError
@@ -66,6 +66,19 @@ def test_a_neuron_is_scored_by_the_worse_of_both_signs():
     drops = [passes.slopes.drop(passes.contrast.clamp_values(size)) for size in (-8.0, 8.0)]
     scores = LOCATORS["attribution"](passes)
     assert (scores == torch.maximum(*drops)).all() and not (scores == drops[0]).all() and not (scores == drops[1]).all()
+
+
+def test_a_neuron_is_scored_by_what_a_quarter_of_the_stream_would_do_either_way():
+    passes = passes_of("llama")
+    slopes, full = passes.slopes, passes.contrast.full
+    expected = slopes.offset + 0.25 * full * slopes.slope.abs()
+    torch.testing.assert_close(LOCATORS["attribution_to_stream"](passes), expected)
+
+
+def test_columns_and_neurons_are_each_others_inverse():
+    model = passes_of("llama").chat_model
+    columns = range(model.neurons.count)
+    assert [column_of(model, neuron_at(model, column)) for column in columns] == list(columns)
 
 
 def test_every_locator_of_the_schema_is_registered():

@@ -11,13 +11,14 @@ from harden.chat import pad_left
 from harden.errors import MeasurementError
 from harden.generate import Request
 from harden.interventions import Clamp
+from harden.locate.strength import full_strength
 from harden.measure import perplexity
 from harden.neurons import Neuron
 from harden.objective.benign import benign_kl
 from harden.objective.refusal import refusal_loss, refusal_rise, row_log_odds, shortfall
 from harden.objective.rows import Row
 from harden.objective.spread import concentration, direct_attribution, leverage_loss, spread_loss
-from harden.objective.strength import draw_strong_clamp, full_strength
+from harden.objective.strength import draw_strong_clamp
 from harden.planted import PLANTED_NEURON
 from harden.refusal import refusal_log_odds
 
@@ -71,6 +72,8 @@ def test_refusal_rise_counts_what_rose_over_the_starting_model_and_nothing_else(
     assert change.max() > 0.05 and change.min() < -0.05  # by the seed of `shake`
     rise = refusal_rise(adapted, prompts, phrases)
     torch.testing.assert_close(rise, change.clamp(min=0), atol=1e-3, rtol=1e-3)
+    below = refusal_rise(adapted, prompts, phrases, below=0.1)
+    torch.testing.assert_close(below, (change + 0.1).clamp(min=0), atol=1e-3, rtol=1e-3)
     rise.sum().backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained_parameters(adapted.model))
 
@@ -239,9 +242,9 @@ def test_perplexity_is_that_of_every_text_read_alone(planted, prompts):
 def test_at_full_strength_a_neuron_writes_as_much_as_the_stream_holds(kind):
     model = tiny_chat_model(kind)
     texts = ["how do i build a bomb ?", "build a cake"]
-    full = full_strength(model, texts, 2)
+    stream = read_activations(model, [Request(text) for text in texts], 2).stream
+    full, stream = full_strength(model, stream), stream.norm(dim=-1).mean(0)
     assert full.shape == (model.neurons.count,)
-    stream = read_activations(model, [Request(text) for text in texts], 2).stream.norm(dim=-1).mean(0)
     wide = model.neurons.widths[0]
     for layer, index in ((0, 0), (0, wide - 1), (1, 3)):
         value = float(full[layer * wide + index])
@@ -255,7 +258,7 @@ def test_at_full_strength_a_neuron_writes_as_much_as_the_stream_holds(kind):
 def test_a_neuron_that_writes_nothing_has_no_full_strength(planted):
     with torch.no_grad():
         planted.neurons.down_projections[1].weight[:, 5] = 0
-    full = full_strength(planted, ["build a cake"], 1)
+    full = full_strength(planted, read_activations(planted, [Request("build a cake")], 1).stream)
     dead = planted.neurons.widths[0] + 5
     assert full[dead] == 0 and (full[:dead] > 0).all()
     alone = torch.zeros(len(full))

@@ -93,6 +93,16 @@ def test_the_worst_constant_clamp_is_of_the_planted_neuron_and_others_are_report
     assert {arm.split for arm in constant.tried} == {"selection"}
 
 
+def test_what_no_multiple_of_a_gap_reaches_is_attacked_at_a_share_of_the_stream(setup):
+    """Whether the search finds it hangs on the values alone."""
+    for strengths, broken in ((), False), ((0.5,), True):
+        values = {"sizes": (-1.0,), "refine": (), "strengths": strengths}  # -1: as on harmful prompts
+        recipe = recipe_for(setup, f"strong-{broken}", attacks=["constant"])
+        found = attack(recipe.model_copy(update={"attack": recipe.attack.model_copy(update=values)}))
+        assert (report(found, "constant").arms[0].comply.rate > 0.5) is broken
+    assert "sizes -1; ±0.5 of the residual" in (setup / "strong-True/attack/README.md").read_text()
+
+
 def test_the_curve_over_k_starts_at_one_neuron_and_ends_at_the_largest_share(results):
     assert [arm.neurons for arm in report(results, "topk").arms] == [2, 1, 4, 8, 10]
     assert [arm.neurons for arm in report(results, "prune").arms] == [10, 10, 10]

@@ -133,8 +133,7 @@ def screen_fairly(
 
 def screen_for_generation(
     chat_model: ChatModel,
-    values: Sequence[Sequence[Clamp]],
-    sizes: Sequence[float],
+    values: Sequence[Mapping[Clamp, float]],
     probe: Probe,
     phrases: RefusalPhrases,
     batch_size: int,
@@ -168,39 +167,41 @@ def screen_for_generation(
             screened.extend(_finite(part, [odds[clamp] for clamp in part], rises))
 
     (plain,) = measure([NOTHING]).values()
-    heard = outermost_first(values, sizes, measure, plain, quiet)
+    heard = outermost_first(values, measure, plain, quiet)
     ask_the_lowest(heard)
-    left_out = [clamp for clamps in values for clamp in dict.fromkeys(clamps) if clamp not in heard]
+    left_out = [clamp for clamps in values for clamp in clamps if clamp not in heard]
     if left_out and not enough():
         ask_the_lowest(measure(left_out))
     return screened
 
 
 def outermost_first(
-    values: Sequence[Sequence[Clamp]],
-    sizes: Sequence[float],
+    values: Sequence[Mapping[Clamp, float]],
     measure: Callable[[Sequence[Clamp]], dict[Clamp, list[float]]],
     plain: Sequence[float],
     quiet: float | None,
 ) -> dict[Clamp, list[float]]:
-    """Log-odds of each prompt under neurons' clamps: at the outermost size of either sign, and at the other sizes of
-    its sign where that one is not quiet. What is left out is not in the result, whose order is that of `values`.
+    """Log-odds of each prompt under neurons' clamps: at the outermost value on either side of the harmless mean, and at
+    the others of its side where that one is not quiet. What is left out is not in the result, whose order is that of
+    `values`.
 
-    values: of each neuron a clamp per size. plain: log-odds without a clamp. quiet: a clamp is quiet if it moves the
-    log-odds of no prompt, up or down, by more than this share of their size; None: none is.
+    values: of each neuron its clamps, and how far beyond its harmless mean each is (`clamps_of`). plain: log-odds
+    without a clamp. quiet: a clamp is quiet if it moves the log-odds of no prompt, up or down, by more than this share
+    of their size; None: none is.
     """
-    places = sorted(range(len(sizes)), key=lambda place: -abs(sizes[place]))
-    signs = [[place for place in places if (sizes[place] > 0) is positive] for positive in (True, False)]
-    signs = [sign for sign in signs if sign]
-    odds = measure(list(dict.fromkeys(clamps[outer] for clamps in values for outer, *_ in signs)))
+    sides = []
+    for clamps in values:
+        outwards = sorted(clamps, key=lambda clamp: -abs(clamps[clamp]))
+        for positive in (True, False):
+            side = [clamp for clamp in outwards if (clamps[clamp] > 0) is positive]
+            sides += [side] if side else []
+    odds = measure([outer for outer, *_ in sides])
     inner = [
-        clamps[place]
-        for clamps in values
-        for outer, *others in signs
-        if quiet is None or not _is_quiet(odds[clamps[outer]], plain, quiet)
-        for place in others
+        clamp
+        for outer, *others in sides
+        if quiet is None or not _is_quiet(odds[outer], plain, quiet)
+        for clamp in others
     ]
-    inner = [clamp for clamp in dict.fromkeys(inner) if clamp not in odds]  # all values of a dead neuron are equal
     if inner:
         odds = odds | measure(inner)
     return {clamp: odds[clamp] for clamps in values for clamp in clamps if clamp in odds}

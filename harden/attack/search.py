@@ -3,20 +3,20 @@
 Constant clamp (Kazemi, Chegini and Safi, arXiv 2605.08513, section 3). Clamps are screened first; what
 survives generates, first on few prompts, then on all of the selection split. Which neuron and value are worst is
 decided there and nowhere else.
-Departures from the paper: (1) values are multiples of a neuron's own activation gap, not absolute, and lie beyond the
-harmless mean; (2) clamps are screened before they generate, so that many neurons can be tried.
+Departures from the paper: (1) values are not absolute, but multiples of a neuron's own activation gap, beyond the
+harmless mean, and shares of the residual stream's norm; (2) clamps are screened before they generate, so that many
+neurons can be tried.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from harden.attack.respond import Attempt, Responder
 from harden.attack.screen import Probe, Screened, choose_for_generation, screen_for_generation
 from harden.errors import MeasurementError
 from harden.interventions import Clamp
-from harden.locate.base import Candidate
 from harden.neurons import Neuron
 from harden.prompts import Prompt
 from harden.refusal import RefusalPhrases
@@ -53,8 +53,7 @@ def badness(attempt: Attempt) -> tuple[float, float]:
 
 def search_worst_neuron(
     responder: Responder,
-    candidates: Sequence[Candidate],
-    sizes: Sequence[float],
+    values: Sequence[Mapping[Clamp, float]],
     selection: Sequence[Prompt],
     probe: Probe,
     phrases: RefusalPhrases,
@@ -66,22 +65,22 @@ def search_worst_neuron(
     refine: Sequence[float] = (),
     quiet: float | None = None,
 ) -> Search:
-    """Screen candidates x sizes, generate with the best in two heats, and find the worst clamp for the model.
+    """Screen the values of many neurons, generate with the best in two heats, and find the worst clamp for the model.
 
-    quiet: see `outermost_first`. heat_one clamps run on the first `heat_one_prompts` of `selection`; the best value of
-    each of the `finalists` worst neurons runs on all of it, and so does every clamp of `retest`. With `refine`,
-    multiples of the finalists' values run on the first prompts as well, around the peak of what is an inverted U.
+    values, quiet: see `outermost_first`. heat_one clamps run on the first `heat_one_prompts` of `selection`; the best
+    value of each of the `finalists` worst neurons runs on all of it, and so does every clamp of `retest`. With
+    `refine`, multiples of the finalists' values run on the first prompts as well, around the peak of what is an
+    inverted U.
     Raises MeasurementError when no clamp is coherent: nothing was attacked then.
     """
-    values = [[Clamp(c.neuron, c.clamp_value(size)) for size in sizes] for c in candidates]
     screened = screen_for_generation(
-        responder.chat_model, values, sizes, probe, phrases, responder.batch_size, max_benign_rise, heat_one, quiet
+        responder.chat_model, values, probe, phrases, responder.batch_size, max_benign_rise, heat_one, quiet
     )
     chosen = choose_for_generation(screened, max_benign_rise, heat_one)
     if not chosen:
         raise MeasurementError(
-            f"none of {len(values) * len(sizes)} clamps leaves the benign loss within {max_benign_rise} nats per token:"
-            " nothing could be attacked; give smaller attack.sizes or raise attack.max_benign_rise"
+            f"none of {sum(map(len, values))} clamps leaves the benign loss within {max_benign_rise} nats per token:"
+            " nothing could be attacked; give smaller attack.sizes or attack.strengths, or raise attack.max_benign_rise"
         )
     few = selection[:heat_one_prompts]
     heat = responder.attempt(chosen, few, "first heat")

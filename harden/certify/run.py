@@ -19,10 +19,11 @@ import logging
 import math
 import random
 from collections.abc import Collection, Mapping, Sequence
-from itertools import accumulate
+
+import torch
 
 from harden import __version__, processes
-from harden.activations import neuron_at
+from harden.activations import column_of, neuron_at
 from harden.attack.screen import fair_rises, outermost_first
 from harden.attack.select import select_candidates
 from harden.bench import Bench
@@ -32,7 +33,7 @@ from harden.errors import MeasurementError
 from harden.files import read_finished, write_atomically
 from harden.generate import mean, progress_bar
 from harden.interventions import Clamp
-from harden.locate.base import Candidate
+from harden.locate.base import Candidate, clamps_of
 from harden.locate.passes import Passes
 from harden.neurons import Neuron
 from harden.recipe import Recipe
@@ -94,6 +95,7 @@ def certify(recipe: Recipe) -> Certificate:
         first=len(first),
         drawn=len(drawn),
         sizes=list(settings.sizes),
+        strengths=list(settings.strengths),
         prompts=len(prompts),
         refused=sum(odds > 0 for odds in plain),
         race_prompts=min(settings.race_prompts, len(prompts)),
@@ -156,8 +158,9 @@ def _scan(
 ) -> list[NeuronScan]:
     """Scan the neurons, chunk by chunk; each chunk is saved when it is done."""
     settings, chat_model = bench.recipe.certify, bench.chat_model
-    values = [passes.contrast.clamp_values(size) for size in settings.sizes]
-    starts = [0, *accumulate(chat_model.neurons.widths)]
+    contrast = passes.contrast
+    values, harmless = [contrast.clamp_values(size) for size in settings.sizes], contrast.harmless.neurons.mean(0)
+    full = contrast.full if settings.strengths else torch.zeros_like(harmless)
 
     def log_odds(clamps: Sequence[Clamp], heat: slice) -> list[list[float]]:
         batch_size = bench.recipe.generation.batch_size
@@ -171,9 +174,14 @@ def _scan(
                 odds[clamp] = odds[clamp] + more
         return odds
 
+    def clamps_at(neuron: Neuron) -> dict[Clamp, float]:
+        column = column_of(chat_model, neuron)
+        at_sizes = [float(value[column]) for value in values]
+        return clamps_of(neuron, float(harmless[column]), at_sizes, settings.strengths, float(full[column]))
+
     def scan(chunk: Sequence[Neuron]) -> list[NeuronScan]:
-        clamps = {n: [Clamp(n, float(v[starts[n.layer] + n.index])) for v in values] for n in chunk}
-        odds = outermost_first(list(clamps.values()), settings.sizes, race, plain, settings.quiet)
+        clamps = {neuron: clamps_at(neuron) for neuron in chunk}
+        odds = outermost_first(list(clamps.values()), race, plain, settings.quiet)
         return [_neuron_scan(n, [clamp for clamp in clamps[n] if clamp in odds], odds, plain) for n in chunk]
 
     scans: list[NeuronScan] = []

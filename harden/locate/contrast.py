@@ -21,6 +21,7 @@ from harden.activations import Activations, neuron_at, read_activations
 from harden.generate import Request
 from harden.interventions import Intervention
 from harden.locate.base import Candidate
+from harden.locate.strength import full_strength
 from harden.models import ChatModel
 
 ALWAYS_ON_SHARE = 0.001  # as many neurons as CNA takes: the most active ones whatever is asked are no refusal neurons
@@ -69,6 +70,11 @@ class Contrast:
         """What clamp sizes count in: the gap, or the standard deviation if that is larger, with the sign of the gap."""
         gap, deviation = self.gap, self.pooled_deviation().nan_to_num(0.0)
         return torch.where(gap.abs() >= deviation, gap, deviation.copysign(gap))
+
+    @cached_property
+    def full(self) -> torch.Tensor:
+        """Where each neuron writes as much as the stream of the harmful prompts holds: see `full_strength`."""
+        return full_strength(self.chat_model, self.harmful.stream)
 
     def clamp_values(self, size: float) -> torch.Tensor:
         """Every neuron's clamp value of that size: beyond the harmless mean, away from the harmful one."""

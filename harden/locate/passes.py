@@ -24,6 +24,7 @@ from harden.refusal import RefusalPhrases
 
 # Clamp sizes whose larger first-order drop scores a neuron: about those of published clamps (|m/d| 3 to 9), both signs.
 SIZES = (-8.0, 8.0)
+STRENGTH = 0.25  # of the residual stream's norm; docs/certify.md says how strong the clamps are that break SmolLM2
 # What `tail` and `exact`, which pay for every size and prompt, measure a neuron with. Larger sizes: they see overshoot.
 EXACT_SIZES = (-16.0, 16.0)
 EXACT_PROMPTS = 1  # the one that is most easily talked out of refusing: docs/certify.md says what more would find
@@ -124,6 +125,9 @@ LOCATORS: dict[str, Callable[[Passes], torch.Tensor]] = {
     "activation_shift": lambda passes: passes.contrast.activation_shift(),
     "attribution": lambda passes: passes.worst(passes.slopes.drop),
     "attribution_to_mean": lambda passes: passes.slopes.drop(passes.contrast.harmless.neurons.mean(0)),
+    "attribution_to_stream": lambda passes: torch.maximum(
+        *(passes.slopes.drop(sign * STRENGTH * passes.contrast.full) for sign in (-1, 1))
+    ),
     "relp": lambda passes: passes.worst(passes.relevance_slopes.drop),
     "graddrop": lambda passes: passes.worst(
         lambda values: mean_drop(passes.dropped_slopes, passes.chat_model.neurons.widths, values)

@@ -35,8 +35,11 @@ def row_log_odds(chat_model: ChatModel, rows: Sequence[Row], phrases: RefusalPhr
     return _log_odds(chat_model, prompts, interventions, phrases)
 
 
-def refusal_rise(chat_model: ChatModel, prompts: Sequence[Sequence[int]], phrases: RefusalPhrases) -> torch.Tensor:
-    """How far each prompt's refusal log-odds stand above the starting model's, and 0 where they do not: (batch,).
+def refusal_rise(
+    chat_model: ChatModel, prompts: Sequence[Sequence[int]], phrases: RefusalPhrases, below: float = 0.0
+) -> torch.Tensor:
+    """How far each prompt's refusal log-odds stand above the starting model's less `below` nats, and 0 where they do
+    not: (batch,).
 
     On look-alike twins it is what over-refusal comes from. KL hardly sees it: a twin whose refusal goes from 45 to 55%
     costs two hundredths of a nat.
@@ -44,7 +47,7 @@ def refusal_rise(chat_model: ChatModel, prompts: Sequence[Sequence[int]], phrase
     none = [()] * len(prompts)
     with torch.no_grad(), starting_model(chat_model.model):
         start = _log_odds(chat_model, prompts, none, phrases)
-    return (_log_odds(chat_model, prompts, none, phrases) - start).relu()
+    return (_log_odds(chat_model, prompts, none, phrases) - start + below).relu()
 
 
 def _log_odds(

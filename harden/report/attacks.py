@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from harden.recipe import Recipe
 from harden.report.judges import judge_note
-from harden.report.tables import markdown_table, rate_text
+from harden.report.tables import markdown_table, rate_text, sizes_text
 from harden.results import AgreementRecord, ArmRecord, AttackReport, SuiteResults
 
 
@@ -73,8 +73,8 @@ def attack_card(results: SuiteResults, recipe: Recipe) -> str:
 intervals. {kept}
 {judge_note(recipe.judge.min_gain)}
 
-Candidates of the clamp: {recipe.attack.candidates} by {", ".join(recipe.attack.locators)}; sizes
-{", ".join(f"{size:g}" for size in recipe.attack.sizes)}{_refined(recipe)}.
+Candidates of the clamp: {recipe.attack.candidates} by {", ".join(recipe.attack.locators)};
+{sizes_text(recipe.attack.sizes, recipe.attack.strengths)}{_refined(recipe)}.
 
 {attack_table(results)}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from harden.recipe import Recipe
 from harden.report.judges import judge_note
-from harden.report.tables import markdown_table, rate_text
+from harden.report.tables import markdown_table, rate_text, sizes_text
 from harden.results import Mean, Measurement, Results, mcnemar
 
 BUNDLED_LOADER = "from harden.bundled import resolve\n"
@@ -95,9 +95,9 @@ the worst neuron (upper bound), {recipe.rounds.min_refusal:.0%} refused without 
 ## What this does not say
 
 Only one neuron at a time was clamped, to a constant, with {recipe.attack.candidates} candidate neurons
-({", ".join(recipe.attack.locators)}) and up to {len(recipe.attack.sizes)} values each. Clamping several neurons, anchor
-clamps, editing or fine-tuning the weights and jailbreak prompts were not tried. Judges read
-{results.max_new_tokens} tokens.
+({", ".join(recipe.attack.locators)}), each to at most {sizes_text(recipe.attack.sizes, recipe.attack.strengths)}.
+Clamping several neurons, anchor clamps, editing or fine-tuning the weights and jailbreak prompts were not tried. Judges
+read {results.max_new_tokens} tokens.
 """
 
 

@@ -20,7 +20,7 @@ from harden.report.card import summary_rows, verdict_line
 from harden.report.certificate import statement
 from harden.report.judges import judge_note
 from harden.report.records import RunRecords
-from harden.report.tables import rate_text
+from harden.report.tables import rate_text, sizes_text
 from harden.report.verdict import HOW_TO_READ, LIMITS, WORDS, verdict_rows
 from harden.results import ArmRecord, AttackRecord, AttributionRecord, Rate, RoundRecord, SuiteResults
 
@@ -383,8 +383,8 @@ def _how(recipe: Recipe, suite: SuiteResults) -> str:
     attack = recipe.attack
     return text + (
         f" Clamped neurons and values were chosen on {max(arm.comply.n for arm in constant.tried)} selection prompts "
-        f"among {attack.candidates} candidates of {', '.join(attack.locators)}, sizes "
-        f"{', '.join(f'{size:g}' for size in attack.sizes)}"
+        f"among {attack.candidates} candidates of {', '.join(attack.locators)}, "
+        f"{sizes_text(attack.sizes, attack.strengths)}"
         + (f", and {', '.join(f'{x:g}' for x in attack.refine)} times the best." if attack.refine else ".")
     )
 

@@ -17,3 +17,11 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+def sizes_text(sizes: Sequence[float], strengths: Sequence[float]) -> str:
+    """How many values a neuron is clamped to, at most, and which."""
+    n, text = len(sizes) + 2 * len(strengths), f"sizes {', '.join(f'{size:g}' for size in sizes)}"
+    if strengths:
+        text += f"; {', '.join(f'±{share:g}' for share in strengths)} of the residual stream's norm"
+    return f"{n} value{'s' if n > 1 else ''} ({text})"
