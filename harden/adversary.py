@@ -221,7 +221,7 @@ def weigh_clamps(
     settings: ClampTerm,
     max_benign_rise: float,
     batch_size: int,
-    full: torch.Tensor | None = None,
+    full: torch.Tensor | None,
 ) -> list[Weighed]:
     """Clamps of the candidates, weighed by how well they work now.
 

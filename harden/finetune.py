@@ -148,14 +148,14 @@ def backward(
     step: int,
     rng: random.Random,
     factors: Mapping[str, float],
-    full: torch.Tensor | None = None,
+    full: torch.Tensor | None,
 ) -> tuple[dict[str, float], list[tuple[Clamp | None, float]]]:
     """One step's rows, their loss terms and gradients; returns each term's value, over all processes, and what the
     rows of an attacked margin met: the clamp, if it was one alone, and the refusal log-odds under it, in nats.
 
     The twins are those of the step's harmful prompts (of the margin's, where it has its own), so that what is learned
     tells the two apart. values: clamp values of all neurons, for the leverage term. factors: on the weights of terms,
-    by name. full: `full_strength`, for the fail-closed term.
+    by name. full: `full_strength`, for the fail-closed term; None where nothing asks for it.
     """
     losses: dict[str, float] = {}
 

@@ -85,7 +85,7 @@ def test_the_twins_of_a_step_are_those_of_its_harmful_prompts(planted, data, phr
     def step(data, **term):
         harmful.clear(), twins.clear()
         section = settings(refusal={"rows": 4}, twins={"weight": 2, **term})
-        return backward(model, data, phrases, section, 2.0, Adversary(), [], 1, random.Random(3), {})[0]
+        return backward(model, data, phrases, section, 2.0, Adversary(), [], 1, random.Random(3), {}, None)[0]
 
     assert step(data, below=0.5)["twins"] == pytest.approx(0.5, abs=1e-4)  # nothing was trained yet
     assert step(data)["twins"] == 0.0
@@ -145,7 +145,7 @@ def test_what_a_step_draws_is_pinned(planted, data, phrases, monkeypatch):
     monkeypatch.setattr(finetune, "benign_kl", lambda m, mine: (rows.extend(mine), benign(m, mine))[1])
     adversary = Adversary([weighed_clamp(Neuron(1, n), weight=n + 1.0) for n in range(4)])
     data = replace(data, refusals=tuple((n,) for n in range(9, 29)))
-    backward(adapted(planted), data, phrases, settings(), 2.0, adversary, [], 1, random.Random(3), {})
+    backward(adapted(planted), data, phrases, settings(), 2.0, adversary, [], 1, random.Random(3), {}, None)
     drawn = [
         (
             data.harmful.index(row.prompt),
@@ -184,7 +184,7 @@ def weighed_clamp(neuron, value=1.0, weight=1.0, benign_rise=0.0, harmful=1.0, h
 
 def weighed(chat_model, data, phrases, max_benign_rise=2.0):
     candidates = score_neurons(chat_model, data.harmful_texts, data.twin_texts, phrases, 16).top(24)
-    return weigh_clamps(chat_model, candidates, data.probe, phrases, settings().clamps, max_benign_rise, 16)
+    return weigh_clamps(chat_model, candidates, data.probe, phrases, settings().clamps, max_benign_rise, 16, None)
 
 
 def test_clamps_that_break_the_model_are_drawn_more_often(planted, data, phrases):
@@ -291,13 +291,12 @@ def test_the_margin_has_rows_of_its_own_and_tells_what_they_met(planted, data, p
     model, adversary = adapted(planted), Adversary([weighed_clamp(PLANTED_NEURON, -30.0)])
     term = {"weight": 1, "rows": 5, "target": 2.0, "attacked": True}
     section = settings(refusal={"rows": 2}, margin=term, clamps={"share": 0.4}, benign={"weight": 0})
-    losses, met = backward(model, data, phrases, section, 2.0, adversary, [], 1, random.Random(3), {})
+    losses, met = backward(model, data, phrases, section, 2.0, adversary, [], 1, random.Random(3), {}, None)
     assert [clamp for clamp, _ in met] == [Clamp(PLANTED_NEURON, -30.0)] * 2 + [None] * 3
     short = [max(0.0, 2.0 - log_odds) for _, log_odds in met]
     assert losses["margin"] == pytest.approx(sum(short) / 5, abs=1e-4) and min(short[:2]) > 0 == max(short[2:])
-    plain, none = backward(
-        model, data, phrases, settings(margin={**term, "attacked": False}), 2.0, adversary, [], 1, random.Random(3), {}
-    )
+    section = settings(margin={**term, "attacked": False})
+    plain, none = backward(model, data, phrases, section, 2.0, adversary, [], 1, random.Random(3), {}, None)
     assert plain["margin"] == 0.0 and none == []
 
 
@@ -410,7 +409,7 @@ def test_benign_rows_can_be_clamped(planted, data, phrases, monkeypatch):
     monkeypatch.setattr(finetune, "benign_kl", lambda m, mine: (rows.extend(mine), real(m, mine))[1])
     section = settings(benign={"rows": 4, "clamped": 0.5})
     adversary = Adversary([weighed_clamp(PLANTED_NEURON, -30.0)])
-    backward(adapted(planted), data, phrases, section, 2.0, adversary, [], 1, random.Random(3), {})
+    backward(adapted(planted), data, phrases, section, 2.0, adversary, [], 1, random.Random(3), {}, None)
     assert [len(row.interventions) for row in rows] == [1, 1, 0, 0]
 
 
@@ -454,7 +453,7 @@ def test_golden_losses(planted, data, phrases):
     chat_model = adapted(planted)
     adversary = Adversary([weighed_clamp(PLANTED_NEURON, -30.0)])
     losses = [
-        backward(chat_model, data, phrases, settings(), 2.0, adversary, [], step, random.Random(step), {})[0]
+        backward(chat_model, data, phrases, settings(), 2.0, adversary, [], step, random.Random(step), {}, None)[0]
         for step in range(2)
     ]
     assert losses[0] == pytest.approx({"refusal": GOLDEN[0], "benign_kl": 0.0, "spread": GOLDEN[1]}, abs=2e-3)
