@@ -54,6 +54,8 @@ def test_every_launch_configuration_is_one_that_accelerate_reads(path):
         ({"train": {"spread": {"order": 3}}}, "'train.spread.order': "),
         ({"train": {"clamps": {"sizes": []}}}, "'train.clamps.sizes': "),
         ({"attack": {"sizes": [4, 0]}}, "'attack.sizes.1': must not be 0"),
+        ({"attack": {"strengths": [0.25, -0.5]}}, "'attack.strengths.1': "),
+        ({"train": {"twins": {"below": 0.5, "ceiling": 0.5}}}, "ceiling 0.5: must be more than below"),
         ({"train": {"learning_rate": float("nan")}}, "'train.learning_rate': .*finite"),
         (
             {"train": {"refusal": {"weight": 0}, "spread": {"weight": 0}, "benign": {"weight": 0}}},
