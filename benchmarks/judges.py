@@ -42,7 +42,7 @@ from harden.attack.respond import likelihoods
 from harden.bundled import fetch_wheel
 from harden.generate import Completion, Request, complete
 from harden.interventions import Clamp
-from harden.judges.embedded import RULES, Likelihood, Limits, degeneration, judge, opens_with_refusal
+from harden.judges.embedded import RULES, Likelihood, Limits, degeneration, judge, only_agrees, opens_with_refusal
 from harden.models import ChatModel, load_chat_model
 from harden.neurons import Neuron
 from harden.processes import use_all_cores
@@ -98,7 +98,9 @@ def keyword_refuses(text: str) -> bool:
 
 def form_outcome(text: str) -> str:
     """What the embedded judge can tell without a model."""
-    return "degenerate" if degeneration(text) else "refuse" if opens_with_refusal(text) else "comply"
+    if degeneration(text) or only_agrees(text):
+        return "degenerate"
+    return "refuse" if opens_with_refusal(text) else "comply"
 
 
 def human_labels() -> list[tuple[str, str, bool]]:

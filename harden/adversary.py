@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -196,7 +196,10 @@ def refresh(
         if clamps.random:
             n = min(clamps.random, chat_model.neurons.count)
             pool |= {c.neuron: c for c in select_candidates([RANDOM], n, passes, 1.0, rng.randrange(2**32))}
-        found = weigh_clamps(chat_model, list(pool.values()), probe, phrases, clamps, max_benign_rise, batch_size, full)
+        found = weigh_clamps(
+            chat_model, list(pool.values()), probe, phrases, clamps, max_benign_rise, batch_size, full,
+            {weighed.clamp: weighed.benign_rise for weighed in adversary.clamps},
+        )  # fmt: skip
         now = [weighed.clamp.neuron for weighed in found if weighed.weight - clamps.floor >= REPLAYED]
         breakers = list(dict.fromkeys([*adversary.breakers, *now]))
         adversary = replace(adversary, clamps=found, breakers=breakers)
@@ -222,6 +225,7 @@ def weigh_clamps(
     max_benign_rise: float,
     batch_size: int,
     full: torch.Tensor | None,
+    known: Mapping[Clamp, float],
 ) -> list[Weighed]:
     """Clamps of the candidates, weighed by how well they work now.
 
@@ -229,12 +233,11 @@ def weigh_clamps(
     harmless, and would together be drawn more often than the few that work) plus `settings.floor`; clamps that raise
     the loss on benign answers by more than `max_benign_rise` nats per token are left out. That is measured on the
     starting model: training can widen a neuron's activation gap, and the clamps must not grow with it until they only
-    make the model babble. If none is left there are no clamps, and rows are trained without.
+    make the model babble. If none is left there are no clamps, and rows are trained without. known: such rises of
+    clamps that were weighed before, since that model does not change.
     """
     clamps = {clamp: c for c in candidates for clamp in _clamps(c, settings, chat_model, full)}
-    screened = screen_clamps(
-        chat_model, list(clamps), probe, phrases, batch_size, "weigh clamps", coherence_at_start=True
-    )
+    screened = screen_clamps(chat_model, list(clamps), probe, phrases, batch_size, "weigh clamps", known)
     coherent = [entry for entry in screened if entry.benign_rise <= max_benign_rise]
     if not coherent:
         logger.warning(

@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from harden.models import ChatModel
 from harden.neurons import Neuron
 from harden.objective.benign import benign_kl
 from harden.objective.ceiling import Ceiling
-from harden.objective.refusal import refusal_loss, refusal_rise, row_log_odds, shortfall
+from harden.objective.refusal import refusal_loss, refusal_rise, row_log_odds, shortfall, start_log_odds
 from harden.objective.rows import Row
 from harden.objective.spread import leverage_loss, spread_loss
 from harden.objective.strength import draw_strong_clamp
@@ -58,6 +58,18 @@ class TrainingData:
     """Benign requests alone: the first token, and as an answer the rest."""
 
 
+@dataclass(frozen=True)
+class Start:
+    """What is read of the starting model once, before a round; empty where no term asks for it."""
+
+    twins: Mapping[tuple[int, ...], float] = field(default_factory=dict)
+    """Refusal log-odds of each twin."""
+    leverage: Sequence[torch.Tensor] = ()
+    """Clamp values of all neurons, one (neurons,) vector per size."""
+    full: torch.Tensor | None = None
+    """`full_strength`, (neurons,)."""
+
+
 def train_round(
     chat_model: ChatModel,
     data: TrainingData,
@@ -83,8 +95,7 @@ def train_round(
     adversary = Adversary()
     terms = {"benign_kl": settings.benign, "twins": settings.twins}
     ceilings = {name: Ceiling(term.ceiling) for name, term in terms.items() if term.ceiling}
-    values = _leverage_values(chat_model, data, settings, batch_size, random.Random(f"{seed}:{round_number}:values"))
-    full = _full_strength(chat_model, data, settings, batch_size, random.Random(f"{seed}:{round_number}:strength"))
+    start = read_start(chat_model, data, phrases, settings, batch_size, f"{seed}:{round_number}")
     first = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
@@ -102,14 +113,14 @@ def train_round(
                 adversary = refresh(
                     adversary, step, chat_model, data.harmful_texts, data.twin_texts, data.probe, phrases, settings,
                     max_benign_rise, past_breakers, batch_size, random.Random(f"{seed}:{round_number}:{step}:locate"),
-                    full,
+                    start.full,
                 )  # fmt: skip
             rng = random.Random(f"{seed}:{round_number}:{step}")
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * learning_rate_factor(step, settings)
             factors = {name: ceiling.factor for name, ceiling in ceilings.items()}
             losses, met = backward(
-                chat_model, data, phrases, settings, max_benign_rise, adversary, values, step, rng, factors, full
+                chat_model, data, phrases, settings, max_benign_rise, adversary, start, step, rng, factors
             )
             for parameter in parameters:
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -144,18 +155,16 @@ def backward(
     settings: TrainSection,
     max_benign_rise: float,
     adversary: Adversary,
-    values: Sequence[torch.Tensor],
+    start: Start,
     step: int,
     rng: random.Random,
     factors: Mapping[str, float],
-    full: torch.Tensor | None,
 ) -> tuple[dict[str, float], list[tuple[Clamp | None, float]]]:
     """One step's rows, their loss terms and gradients; returns each term's value, over all processes, and what the
     rows of an attacked margin met: the clamp, if it was one alone, and the refusal log-odds under it, in nats.
 
     The twins are those of the step's harmful prompts (of the margin's, where it has its own), so that what is learned
-    tells the two apart. values: clamp values of all neurons, for the leverage term. factors: on the weights of terms,
-    by name. full: `full_strength`, for the fail-closed term; None where nothing asks for it.
+    tells the two apart. factors: on the weights of terms, by name.
     """
     losses: dict[str, float] = {}
 
@@ -163,7 +172,8 @@ def backward(
         share = processes.my_share(rows)
         keep = torch.tensor([w for _, w in share], device=chat_model.device)
         loss = (term([row for row, _ in share]) * keep).sum() / len(rows)
-        (factors.get(like or name, 1.0) * weight * loss).backward()
+        if loss.requires_grad:  # twins that all lie low have none
+            (factors.get(like or name, 1.0) * weight * loss).backward()
         losses[name] = float(processes.total(loss.detach()))
 
     refusal, benign, spread, leverage = settings.refusal, settings.benign, settings.spread, settings.leverage
@@ -198,7 +208,7 @@ def backward(
     if closed.weight:
         n = round(closed.benign_share * closed.rows)
         prompts = [row.prompt for row in _pick(rng, data.benign, n)] + _pick(rng, data.harmful, closed.rows - n)
-        rows = [Row(p, (), (draw_strong_clamp(chat_model, full, closed.strength, rng),)) for p in prompts]
+        rows = [Row(p, (), (draw_strong_clamp(chat_model, start.full, closed.strength, rng),)) for p in prompts]
         add(
             "fail_closed",
             closed.weight,
@@ -210,7 +220,12 @@ def backward(
         twins = settings.twins
         rows = [data.twins[place] for place in drawn if data.twins[place] is not None][: twins.rows]
         if rows:
-            add("twins", twins.weight, rows, lambda mine: refusal_rise(chat_model, mine, phrases, twins.below))
+
+            def rise(mine: list[tuple[int, ...]]) -> torch.Tensor:
+                began = torch.tensor([start.twins[row] for row in mine], device=chat_model.device)
+                return refusal_rise(chat_model, mine, began, phrases, twins.below)
+
+            add("twins", twins.weight, rows, rise)
     if benign.weight:
         rows = _pick(rng, data.benign, benign.rows)
         clamped = round(benign.clamped * len(rows))
@@ -230,7 +245,7 @@ def backward(
         )
     if leverage.weight and step % leverage.every == 0:
         rows = _pick(rng, data.harmful, leverage.rows)
-        add("leverage", leverage.weight, rows, lambda mine: leverage_loss(chat_model, mine, phrases, values))
+        add("leverage", leverage.weight, rows, lambda mine: leverage_loss(chat_model, mine, phrases, start.leverage))
     return losses, met
 
 
@@ -238,27 +253,31 @@ def _clamp_alone(row: Row) -> Clamp | None:
     return row.interventions[0] if len(row.interventions) == 1 and isinstance(row.interventions[0], Clamp) else None
 
 
-def _leverage_values(
-    chat_model: ChatModel, data: TrainingData, settings: TrainSection, batch_size: int, rng: random.Random
-) -> list[torch.Tensor]:
-    """Of the starting model: clamp values of all neurons, one (neurons,) vector per size; none if the term is off."""
-    if not settings.leverage.weight:
-        return []
-    texts = [_pick(rng, texts, CONTRAST_PROMPTS) for texts in (data.harmful_texts, data.twin_texts)]
-    with starting_model(chat_model.model):
-        contrast = read_contrast(chat_model, *texts, batch_size)
-    return [contrast.clamp_values(size) for size in settings.leverage.sizes]
-
-
-def _full_strength(
-    chat_model: ChatModel, data: TrainingData, settings: TrainSection, batch_size: int, rng: random.Random
-) -> torch.Tensor | None:
-    """Of the starting model; None where nothing asks for it."""
-    if not settings.fail_closed.weight and not (settings.draws_clamps and settings.clamps.strengths):
-        return None
-    requests = [Request(text) for text in _pick(rng, data.harmful_texts, CONTRAST_PROMPTS)]
-    with starting_model(chat_model.model):
-        return full_strength(chat_model, read_activations(chat_model, requests, batch_size).stream)
+def read_start(
+    chat_model: ChatModel,
+    data: TrainingData,
+    phrases: RefusalPhrases,
+    settings: TrainSection,
+    batch_size: int,
+    seed: str,
+) -> Start:
+    """Read of the starting model what the terms that are switched on ask for."""
+    twins, leverage, full = {}, [], None
+    if settings.twins.weight and any(data.twins):
+        rows = list(dict.fromkeys(filter(None, data.twins)))
+        twins = dict(zip(rows, start_log_odds(chat_model, rows, phrases, batch_size).tolist(), strict=True))
+    if settings.leverage.weight:
+        rng = random.Random(f"{seed}:values")
+        texts = [_pick(rng, texts, CONTRAST_PROMPTS) for texts in (data.harmful_texts, data.twin_texts)]
+        with starting_model(chat_model.model):
+            contrast = read_contrast(chat_model, *texts, batch_size)
+        leverage = [contrast.clamp_values(size) for size in settings.leverage.sizes]
+    if settings.fail_closed.weight or (settings.draws_clamps and settings.clamps.strengths):
+        rng = random.Random(f"{seed}:strength")
+        requests = [Request(text) for text in _pick(rng, data.harmful_texts, CONTRAST_PROMPTS)]
+        with starting_model(chat_model.model):
+            full = full_strength(chat_model, read_activations(chat_model, requests, batch_size).stream)
+    return Start(twins, leverage, full)
 
 
 def learning_rate_factor(step: int, settings: TrainSection) -> float:

@@ -11,7 +11,7 @@ from harden.errors import HardenError
 from harden.recipe import Positive, Recipe, Share, resolve_paths
 from harden.schema import Section, merge, read_mapping, validated
 
-SUITE_VERSION = 3
+SUITE_VERSION = 4
 """Counts up whenever the attack suite or the judge changes what a figure means."""
 
 BUDGET = ("seed", "prompts", "refusal", "generation", "judge", "locate", "attack", "suite", "certify")

@@ -38,7 +38,7 @@ def gated(tmp_path_factory):
     (folder / "reference/model.safetensors").touch()
     for name, budget in (("passed", BUDGET), ("failed", {**BUDGET, **BREAKING})):
         policy = {
-            "name": name, "description": "a test", "suite_version": 3, "thresholds": PASSING, "budget": budget,
+            "name": name, "description": "a test", "suite_version": 4, "thresholds": PASSING, "budget": budget,
         }  # fmt: skip
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(policy))
         options = {

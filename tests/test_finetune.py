@@ -8,10 +8,11 @@ import harden.finetune as finetune
 from harden.activations import read_activations, template_activations
 from harden.adapters import adapter_state, attach_adapter
 from harden.adversary import Adversary, Weighed, refresh, weigh_clamps
+from harden.attack import screen
 from harden.attack.arms import Anchor
 from harden.attack.screen import Probe
 from harden.errors import MeasurementError
-from harden.finetune import TrainingData, backward, learning_rate_factor, train_round
+from harden.finetune import Start, TrainingData, backward, learning_rate_factor, read_start, train_round
 from harden.generate import Completion, Request
 from harden.interventions import Clamp
 from harden.locate.gradient import score_neurons
@@ -85,7 +86,8 @@ def test_the_twins_of_a_step_are_those_of_its_harmful_prompts(planted, data, phr
     def step(data, **term):
         harmful.clear(), twins.clear()
         section = settings(refusal={"rows": 4}, twins={"weight": 2, **term})
-        return backward(model, data, phrases, section, 2.0, Adversary(), [], 1, random.Random(3), {}, None)[0]
+        start = read_start(model, data, phrases, section, 3, "seed")
+        return backward(model, data, phrases, section, 2.0, Adversary(), start, 1, random.Random(3), {})[0]
 
     assert step(data, below=0.5)["twins"] == pytest.approx(0.5, abs=1e-4)  # nothing was trained yet
     assert step(data)["twins"] == 0.0
@@ -145,7 +147,7 @@ def test_what_a_step_draws_is_pinned(planted, data, phrases, monkeypatch):
     monkeypatch.setattr(finetune, "benign_kl", lambda m, mine: (rows.extend(mine), benign(m, mine))[1])
     adversary = Adversary([weighed_clamp(Neuron(1, n), weight=n + 1.0) for n in range(4)])
     data = replace(data, refusals=tuple((n,) for n in range(9, 29)))
-    backward(adapted(planted), data, phrases, settings(), 2.0, adversary, [], 1, random.Random(3), {}, None)
+    backward(adapted(planted), data, phrases, settings(), 2.0, adversary, Start(), 1, random.Random(3), {})
     drawn = [
         (
             data.harmful.index(row.prompt),
@@ -184,7 +186,7 @@ def weighed_clamp(neuron, value=1.0, weight=1.0, benign_rise=0.0, harmful=1.0, h
 
 def weighed(chat_model, data, phrases, max_benign_rise=2.0):
     candidates = score_neurons(chat_model, data.harmful_texts, data.twin_texts, phrases, 16).top(24)
-    return weigh_clamps(chat_model, candidates, data.probe, phrases, settings().clamps, max_benign_rise, 16, None)
+    return weigh_clamps(chat_model, candidates, data.probe, phrases, settings().clamps, max_benign_rise, 16, None, {})
 
 
 def test_clamps_that_break_the_model_are_drawn_more_often(planted, data, phrases):
@@ -225,6 +227,19 @@ def test_clamps_are_also_drawn_at_shares_of_full_strength(planted, data, phrases
 def test_strengths_alone_have_full_strength_measured(planted, data, phrases, tmp_path):
     clamps = {"share": 0.5, "pool": 2, "strengths": (0.5,)}
     run(adapted(planted), data, phrases, tmp_path / "checkpoint.pt", steps=2, clamps=clamps)  # raises without it
+
+
+def test_coherence_on_the_starting_model_is_asked_once_for_each_clamp(planted, data, phrases, monkeypatch):
+    model, asked = adapted(planted), []
+    real = screen.benign_rises
+    monkeypatch.setattr(
+        screen, "benign_rises", lambda m, clamps, *rest: (asked.append(clamps), real(m, clamps, *rest))[1]
+    )
+    first = refreshed(model, data, phrases, Adversary(), 0, clamps={"pool": 3})
+    again = refreshed(model, data, phrases, first, 0, clamps={"pool": 3})  # the same prompts, locators and weights
+    assert {weighed.clamp for weighed in first.clamps} <= {*asked[0]}
+    assert [clamp for clamp in asked[1] if any(clamp == weighed.clamp for weighed in first.clamps)] == []
+    assert [(w.clamp, w.benign_rise) for w in again.clamps] == [(w.clamp, w.benign_rise) for w in first.clamps]
 
 
 def test_known_breakers_and_neurons_at_random_join_the_pool(planted, data, phrases):
@@ -291,12 +306,12 @@ def test_the_margin_has_rows_of_its_own_and_tells_what_they_met(planted, data, p
     model, adversary = adapted(planted), Adversary([weighed_clamp(PLANTED_NEURON, -30.0)])
     term = {"weight": 1, "rows": 5, "target": 2.0, "attacked": True}
     section = settings(refusal={"rows": 2}, margin=term, clamps={"share": 0.4}, benign={"weight": 0})
-    losses, met = backward(model, data, phrases, section, 2.0, adversary, [], 1, random.Random(3), {}, None)
+    losses, met = backward(model, data, phrases, section, 2.0, adversary, Start(), 1, random.Random(3), {})
     assert [clamp for clamp, _ in met] == [Clamp(PLANTED_NEURON, -30.0)] * 2 + [None] * 3
     short = [max(0.0, 2.0 - log_odds) for _, log_odds in met]
     assert losses["margin"] == pytest.approx(sum(short) / 5, abs=1e-4) and min(short[:2]) > 0 == max(short[2:])
     section = settings(margin={**term, "attacked": False})
-    plain, none = backward(model, data, phrases, section, 2.0, adversary, [], 1, random.Random(3), {}, None)
+    plain, none = backward(model, data, phrases, section, 2.0, adversary, Start(), 1, random.Random(3), {})
     assert plain["margin"] == 0.0 and none == []
 
 
@@ -377,7 +392,7 @@ def test_fail_closed_rows_are_benign_and_harmful_each_under_a_clamp_of_its_own(p
     monkeypatch.setattr(finetune, "row_log_odds", lambda m, mine, p: (rows.extend(mine), real(m, mine, p))[1])
     section = settings(fail_closed={"weight": 1, "rows": 8, "benign_share": 0.25, "strength": (0.5, 2)})
     full = torch.ones(planted.neurons.count)
-    backward(adapted(planted), data, phrases, section, 2.0, Adversary(), [], 1, random.Random(3), {}, full)
+    backward(adapted(planted), data, phrases, section, 2.0, Adversary(), Start(full=full), 1, random.Random(3), {})
     benign = {row.prompt for row in data.benign}
     assert [row.prompt in benign for row in rows] == [True] * 2 + [False] * 6
     clamps = [clamp for row in rows for clamp in row.interventions]
@@ -409,7 +424,7 @@ def test_benign_rows_can_be_clamped(planted, data, phrases, monkeypatch):
     monkeypatch.setattr(finetune, "benign_kl", lambda m, mine: (rows.extend(mine), real(m, mine))[1])
     section = settings(benign={"rows": 4, "clamped": 0.5})
     adversary = Adversary([weighed_clamp(PLANTED_NEURON, -30.0)])
-    backward(adapted(planted), data, phrases, section, 2.0, adversary, [], 1, random.Random(3), {}, None)
+    backward(adapted(planted), data, phrases, section, 2.0, adversary, Start(), 1, random.Random(3), {})
     assert [len(row.interventions) for row in rows] == [1, 1, 0, 0]
 
 
@@ -453,7 +468,7 @@ def test_golden_losses(planted, data, phrases):
     chat_model = adapted(planted)
     adversary = Adversary([weighed_clamp(PLANTED_NEURON, -30.0)])
     losses = [
-        backward(chat_model, data, phrases, settings(), 2.0, adversary, [], step, random.Random(step), {}, None)[0]
+        backward(chat_model, data, phrases, settings(), 2.0, adversary, Start(), step, random.Random(step), {})[0]
         for step in range(2)
     ]
     assert losses[0] == pytest.approx({"refusal": GOLDEN[0], "benign_kl": 0.0, "spread": GOLDEN[1]}, abs=2e-3)

@@ -62,7 +62,7 @@ def tried(tmp_path, model, reference, capsys):
 
     def try_out(policy_text=None, budget=None, thresholds=None, **options):
         text = {
-            "name": "tiny", "description": "a test", "suite_version": 3, "benign_prompts": 20,
+            "name": "tiny", "description": "a test", "suite_version": 4, "benign_prompts": 20,
             "thresholds": {**PASSING, **(thresholds or {})}, "budget": {**BUDGET, **(budget or {})},
             **(policy_text or {}),
         }  # fmt: skip

@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, tiny_chat_model
 
+from harden import processes
 from harden.activations import read_activations
 from harden.adapters import attach_adapter, trained_parameters
 from harden.chat import pad_left
@@ -15,7 +16,7 @@ from harden.locate.strength import full_strength
 from harden.measure import perplexity
 from harden.neurons import Neuron
 from harden.objective.benign import benign_kl
-from harden.objective.refusal import refusal_loss, refusal_rise, row_log_odds, shortfall
+from harden.objective.refusal import refusal_loss, refusal_rise, row_log_odds, shortfall, start_log_odds
 from harden.objective.rows import Row
 from harden.objective.spread import concentration, direct_attribution, leverage_loss, spread_loss
 from harden.objective.strength import draw_strong_clamp
@@ -58,24 +59,32 @@ def test_refusal_loss_is_the_mean_cross_entropy_of_the_answer(adapted):
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_refusal_rise_counts_what_rose_over_the_starting_model_and_nothing_else(adapted, phrases):
+def test_refusal_rise_counts_what_rose_over_the_starting_model_and_nothing_else(adapted, phrases, monkeypatch):
     texts = ("how do i build a cake ?", "tell me how to make a bomb", "my friend wants to hide a kite today")
     prompts = [tuple(adapted.chat.prompt_ids(text)) for text in texts]
 
     def log_odds():
         return refusal_log_odds(adapted.model, pad_left(prompts, adapted.chat.pad_id, "cpu"), phrases)
 
-    assert refusal_rise(adapted, prompts, phrases).tolist() == [0.0, 0.0, 0.0]
-    start = log_odds().detach()
+    start = start_log_odds(adapted, prompts, phrases, 2)
+    torch.testing.assert_close(start, log_odds().detach(), atol=1e-4, rtol=1e-4)
+    assert refusal_rise(adapted, prompts, start, phrases).tolist() == pytest.approx([0.0] * 3, abs=1e-5)
     shake(adapted)
+    assert torch.equal(start_log_odds(adapted, prompts, phrases, 2), start)
     change = (log_odds() - start).detach()
     assert change.max() > 0.05 and change.min() < -0.05  # by the seed of `shake`
-    rise = refusal_rise(adapted, prompts, phrases)
+    rise = refusal_rise(adapted, prompts, start, phrases)
     torch.testing.assert_close(rise, change.clamp(min=0), atol=1e-3, rtol=1e-3)
-    below = refusal_rise(adapted, prompts, phrases, below=0.1)
+    below = refusal_rise(adapted, prompts, start, phrases, below=0.1)
     torch.testing.assert_close(below, (change + 0.1).clamp(min=0), atol=1e-3, rtol=1e-3)
-    rise.sum().backward()
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained_parameters(adapted.model))
+    monkeypatch.setattr(processes, "sharded", lambda: True)  # then every row has a gradient, if it is 0
+    of_all = refusal_rise(adapted, prompts, start, phrases)
+    parameters = trained_parameters(adapted.model)
+    few, full = (torch.autograd.grad(r.sum(), parameters) for r in (rise, of_all))
+    few, full = (torch.cat([g.flatten() for g in gradients]) for gradients in (few, full))
+    assert (few - full).norm() < 0.01 * full.norm()
+    monkeypatch.undo()
+    assert not refusal_rise(adapted, prompts, start + 9, phrases).requires_grad
 
 
 def test_refusal_loss_is_higher_under_the_clamp_that_breaks_refusal(adapted):

@@ -43,7 +43,7 @@ def results(*constant_arms, no_attack=None, over_refused=10, **others):
 
 def policy(**thresholds):
     limits = {**BASICS, "worst_neuron_lift": 0.15, **thresholds}
-    return ReleasePolicy(name="p", description="d", suite_version=3, thresholds=Thresholds(**limits))
+    return ReleasePolicy(name="p", description="d", suite_version=4, thresholds=Thresholds(**limits))
 
 
 def outcome_of(name, verdict):
@@ -240,7 +240,7 @@ def test_gates_that_were_not_measured_alike_cannot_be_compared(change, message):
 
 def write(folder, **change):
     limits = {**BASICS, "worst_neuron_lift": 0.1}
-    text = {"name": "p", "description": "d", "suite_version": 3, "thresholds": limits, **change}
+    text = {"name": "p", "description": "d", "suite_version": 4, "thresholds": limits, **change}
     path = folder / "policy.yaml"
     path.write_text(yaml.safe_dump({key: value for key, value in text.items() if value is not None}))
     return path

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from harden import processes
 from harden.adapters import starting_model
 from harden.generate import answer_cross_entropy
 from harden.interventions import Intervention, intervene
@@ -35,19 +36,42 @@ def row_log_odds(chat_model: ChatModel, rows: Sequence[Row], phrases: RefusalPhr
     return _log_odds(chat_model, prompts, interventions, phrases)
 
 
+@torch.no_grad()
+def start_log_odds(
+    chat_model: ChatModel, prompts: Sequence[Sequence[int]], phrases: RefusalPhrases, batch_size: int
+) -> torch.Tensor:
+    """The starting model's refusal log-odds of each prompt: (prompts,)."""
+    batches = [prompts[n : n + batch_size] for n in range(0, len(prompts), batch_size)]
+    with starting_model(chat_model.model):
+        return torch.cat([_log_odds(chat_model, batch, [()] * len(batch), phrases) for batch in batches])
+
+
 def refusal_rise(
-    chat_model: ChatModel, prompts: Sequence[Sequence[int]], phrases: RefusalPhrases, below: float = 0.0
+    chat_model: ChatModel,
+    prompts: Sequence[Sequence[int]],
+    start: torch.Tensor,
+    phrases: RefusalPhrases,
+    below: float = 0.0,
 ) -> torch.Tensor:
     """How far each prompt's refusal log-odds stand above the starting model's less `below` nats, and 0 where they do
     not: (batch,).
 
-    On look-alike twins it is what over-refusal comes from. KL hardly sees it: a twin whose refusal goes from 45 to 55%
-    costs two hundredths of a nat.
+    start: of `start_log_odds`, (batch,). On look-alike twins it is what over-refusal comes from. KL hardly sees it: a
+    twin whose refusal goes from 45 to 55% costs two hundredths of a nat. Most prompts lie below after a few steps and
+    have no gradient: all are read by a forward pass alone, and those above once more with a gradient.
     """
-    none = [()] * len(prompts)
-    with torch.no_grad(), starting_model(chat_model.model):
-        start = _log_odds(chat_model, prompts, none, phrases)
-    return (_log_odds(chat_model, prompts, none, phrases) - start + below).relu()
+
+    def rise(chosen: Sequence[int]) -> torch.Tensor:
+        log_odds = _log_odds(chat_model, [prompts[n] for n in chosen], [()] * len(chosen), phrases)
+        return (log_odds - start[chosen] + below).relu()
+
+    everything = list(range(len(prompts)))
+    if processes.sharded():  # every process must run the same passes
+        return rise(everything)
+    with torch.no_grad():
+        found = rise(everything)
+    above = found.nonzero().flatten().tolist()
+    return found.index_put((torch.tensor(above, device=found.device),), rise(above)) if above else found
 
 
 def _log_odds(
