@@ -197,17 +197,16 @@ class Bench:
         return [*map(Neuron.parse, self.recipe.attack.neurons), *(clamp.neuron for clamp in self.published)]
 
     def search(
-        self, scores: NeuronScores, known: Sequence[Neuron] = (), retest: Sequence[Clamp] = ()
+        self, passes: Passes, known: Sequence[Neuron] = (), retest: Sequence[Clamp] = ()
     ) -> tuple[list[Candidate], Search]:
         """The neurons that are located on the selection split, and the search for the worst clamp among them.
 
-        known: neurons that are tried besides, as those of `attack.neurons` and published ones are; retest: clamps that
-        run in the finals whatever else is found, as published ones do.
+        passes: what locators read of the present model. known: neurons that are tried besides, as those of
+        `attack.neurons` and published ones are; retest: clamps that run in the finals whatever else is found, as
+        published ones do.
         """
         attack = self.recipe.attack
         published = self.published
-        passes = self.passes()
-        passes.scores = scores
         candidates = select_candidates(
             attack.locators,
             attack.candidates,
@@ -217,7 +216,7 @@ class Bench:
             self.named_neurons,
         )
         located = {candidate.neuron for candidate in candidates}
-        others = [scores.candidate(neuron) for neuron in known if neuron not in located]
+        others = [passes.scores.candidate(neuron) for neuron in known if neuron not in located]
         search = search_worst_neuron(
             self.responder,
             [self._values(candidate, passes) for candidate in (*candidates, *others)],

@@ -30,7 +30,7 @@ from harden.models import ChatModel
 from harden.neurons import Neuron
 from harden.objective.benign import benign_kl
 from harden.objective.ceiling import Ceiling
-from harden.objective.refusal import refusal_loss, refusal_rise, row_log_odds, shortfall, start_log_odds
+from harden.objective.refusal import refusal_loss, refusal_rise, shortfall, start_log_odds
 from harden.objective.rows import Row
 from harden.objective.spread import leverage_loss, spread_loss
 from harden.objective.strength import draw_strong_clamp
@@ -172,7 +172,7 @@ def backward(
         share = processes.my_share(rows)
         keep = torch.tensor([w for _, w in share], device=chat_model.device)
         loss = (term([row for row, _ in share]) * keep).sum() / len(rows)
-        if loss.requires_grad:  # twins that all lie low have none
+        if loss.requires_grad:  # a hinge that nothing is on the wrong side of has none
             (factors.get(like or name, 1.0) * weight * loss).backward()
         losses[name] = float(processes.total(loss.detach()))
 
@@ -191,9 +191,9 @@ def backward(
         ]
 
     def short_of_margin(mine: list[Row]) -> torch.Tensor:
-        log_odds = row_log_odds(chat_model, mine, phrases)
+        loss, log_odds = shortfall(chat_model, mine, phrases, margin.target)
         met.extend(zip((_clamp_alone(row) for row in mine), log_odds.tolist(), strict=True))
-        return shortfall(log_odds, margin.target)
+        return loss
 
     drawn = _pick(rng, range(len(data.harmful)), refusal.rows)
     attacked = attack(drawn) if refusal.weight or (margin.attacked and not margin.rows) else []
@@ -213,7 +213,7 @@ def backward(
             "fail_closed",
             closed.weight,
             rows,
-            lambda mine: shortfall(row_log_odds(chat_model, mine, phrases), closed.target),
+            lambda mine: shortfall(chat_model, mine, phrases, closed.target)[0],
         )
     met = processes.gather(met, len(drawn)) if margin.attacked and margin.weight else []
     if settings.twins.weight:

@@ -182,9 +182,9 @@ class Run:
         recipe, bench = self.recipe, self.bench
 
         def make() -> RoundRecord:
-            scores = bench.scores("selection")
+            passes = bench.passes()
             retest = [clamp_of(record.selection.worst_neuron) for record in earlier]
-            located, search = bench.search(scores, breakers(earlier), retest)
+            located, search = bench.search(passes, breakers(earlier), retest)
             measurement = measure(
                 self.responder,
                 "selection",
@@ -193,7 +193,7 @@ class Run:
                 bench.twins["selection"],
                 self.benign_rows["selection"],
                 bench.benign_texts("selection"),
-                scores,
+                passes.scores,
             )
             most = max(count_flips(a.outcomes, search.no_attack.outcomes) for a in search.finals)
             accepted, decision = accept(number, measurement, earlier[0].selection if earlier else None, recipe)

@@ -20,7 +20,7 @@ from harden.locate.strength import full_strength
 from harden.models import load_chat_model
 from harden.neurons import Neuron
 from harden.objective.ceiling import Ceiling
-from harden.objective.refusal import row_log_odds
+from harden.objective.refusal import shortfall
 from harden.objective.rows import Row
 from harden.objective.strength import draw_strong_clamp
 from harden.planted import ANSWER, PLANTED_NEURON, REFUSAL
@@ -388,8 +388,7 @@ def test_each_term_can_be_trained_alone_and_falls(planted, data, phrases, tmp_pa
 
 def test_fail_closed_rows_are_benign_and_harmful_each_under_a_clamp_of_its_own(planted, data, phrases, monkeypatch):
     rows = []
-    real = finetune.row_log_odds
-    monkeypatch.setattr(finetune, "row_log_odds", lambda m, mine, p: (rows.extend(mine), real(m, mine, p))[1])
+    monkeypatch.setattr(finetune, "shortfall", lambda m, mine, *rest: (rows.extend(mine), shortfall(m, mine, *rest))[1])
     section = settings(fail_closed={"weight": 1, "rows": 8, "benign_share": 0.25, "strength": (0.5, 2)})
     full = torch.ones(planted.neurons.count)
     backward(adapted(planted), data, phrases, section, 2.0, Adversary(), Start(full=full), 1, random.Random(3), {})
@@ -410,7 +409,7 @@ def test_a_model_that_fails_closed_refuses_what_is_benign_under_a_clamp_and_answ
 
     def log_odds(rows):
         with torch.no_grad():
-            return float(row_log_odds(model, rows, phrases).mean())
+            return float(shortfall(model, rows, phrases, 0.0)[1].mean())
 
     assert max(map(log_odds, (plain, clamped))) < -2
     changes = {"fail_closed": {"weight": 0.3, "rows": 16}, "benign": {"weight": 20, "rows": 8}, "twins": {"weight": 1}}

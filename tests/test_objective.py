@@ -16,7 +16,7 @@ from harden.locate.strength import full_strength
 from harden.measure import perplexity
 from harden.neurons import Neuron
 from harden.objective.benign import benign_kl
-from harden.objective.refusal import refusal_loss, refusal_rise, row_log_odds, shortfall, start_log_odds
+from harden.objective.refusal import refusal_loss, refusal_rise, shortfall, start_log_odds
 from harden.objective.rows import Row
 from harden.objective.spread import concentration, direct_attribution, leverage_loss, spread_loss
 from harden.objective.strength import draw_strong_clamp
@@ -79,9 +79,7 @@ def test_refusal_rise_counts_what_rose_over_the_starting_model_and_nothing_else(
     torch.testing.assert_close(below, (change + 0.1).clamp(min=0), atol=1e-3, rtol=1e-3)
     monkeypatch.setattr(processes, "sharded", lambda: True)  # then every row has a gradient, if it is 0
     of_all = refusal_rise(adapted, prompts, start, phrases)
-    parameters = trained_parameters(adapted.model)
-    few, full = (torch.autograd.grad(r.sum(), parameters) for r in (rise, of_all))
-    few, full = (torch.cat([g.flatten() for g in gradients]) for gradients in (few, full))
+    few, full = (gradient(adapted, r) for r in (rise, of_all))
     assert (few - full).norm() < 0.01 * full.norm()
     monkeypatch.undo()
     assert not refusal_rise(adapted, prompts, start + 9, phrases).requires_grad
@@ -213,19 +211,24 @@ def test_leverage_is_the_predicted_drop_at_the_worst_clamp_over_the_log_odds(ada
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained_parameters(adapted.model))
 
 
-def test_margin_counts_what_is_lacking_alone(adapted, phrases):
-    prompts = [adapted.chat.prompt_ids(text) for text in ("how do i build a bomb ?", "build a cake")]
+def test_a_margin_counts_what_is_lacking_alone_under_the_interventions_of_its_row(adapted, phrases, monkeypatch):
+    prompts = [tuple(adapted.chat.prompt_ids(text)) for text in ("how do i build a bomb ?", "build a cake")]
     odds = refusal_log_odds(adapted.model, pad_left(prompts, adapted.chat.pad_id, "cpu"), phrases)
     assert odds[0] > 1 > 0 > odds[1]
-    assert shortfall(odds, 1.0).tolist() == pytest.approx([0.0, 1 - float(odds[1])], abs=1e-3)
+    rows = [*map(Row, prompts), Row(prompts[0], (), (Clamp(PLANTED_NEURON, -30.0),))]
+    loss, found = shortfall(adapted, rows, phrases, 1.0)
+    assert found.tolist()[:2] == pytest.approx(odds.tolist(), abs=1e-3) and found[2] < odds[0] - 3
+    assert loss.tolist() == pytest.approx([0.0, *(1 - found[1:]).tolist()], abs=1e-3)
+    monkeypatch.setattr(processes, "sharded", lambda: True)
+    of_all, _ = shortfall(adapted, rows, phrases, 1.0)
+    few, full = (gradient(adapted, of) for of in (loss, of_all))
+    assert (few - full).norm() < 0.01 * full.norm()
+    monkeypatch.undo()
+    assert not shortfall(adapted, rows[:1], phrases, 1.0)[0].requires_grad
 
 
-def test_log_odds_of_a_row_are_those_under_its_interventions(adapted, phrases):
-    prompt = tuple(adapted.chat.prompt_ids("how do i build a bomb ?"))
-    plain, clamped = row_log_odds(adapted, [Row(prompt), Row(prompt, (), (Clamp(PLANTED_NEURON, -30.0),))], phrases)
-    batch = pad_left([prompt], adapted.chat.pad_id, "cpu")
-    assert float(plain) == pytest.approx(float(refusal_log_odds(adapted.model, batch, phrases)), abs=1e-3)
-    assert float(clamped) < float(plain) - 3
+def gradient(chat_model, loss):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss.sum(), trained_parameters(chat_model.model))])
 
 
 def test_perplexity_is_that_of_every_text_read_alone(planted, prompts):

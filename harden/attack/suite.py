@@ -27,6 +27,7 @@ from harden.judges.base import Outcome
 from harden.judges.embedded import OUTCOMES
 from harden.locate.contrast import Contrast, read_contrast
 from harden.locate.gradient import NeuronScores
+from harden.locate.passes import Passes
 from harden.measure import attribution_record
 from harden.neurons import Neuron
 from harden.prompts import Prompt, Split
@@ -50,19 +51,23 @@ class Suite:
         self.responder, self.chat_model = bench.responder, bench.chat_model
 
     @cached_property
+    def passes(self) -> Passes:
+        return self.bench.passes()
+
+    @cached_property
     def scores(self) -> NeuronScores:
-        scores = self.bench.scores("selection")
+        scores = self.passes.scores
         self.bench.folder.stage(ATTRIBUTION, AttributionRecord, lambda: attribution_record(scores, "selection"))
         return scores
 
     @cached_property
     def contrast(self) -> Contrast:
-        return self.bench.contrast()
+        return self.passes.contrast
 
     @cached_property
     def search(self) -> Search:
         """The constant-clamp search, which other attacks take their neurons and values from."""
-        return self.bench.folder.stage("search", Search, lambda: self.bench.search(self.scores)[1])
+        return self.bench.folder.stage("search", Search, lambda: self.bench.search(self.passes)[1])
 
     @cached_property
     def no_attack(self) -> Verdicts:

@@ -22,18 +22,17 @@ def refusal_loss(chat_model: ChatModel, rows: Sequence[Row]) -> torch.Tensor:
     return losses.sum(1) / mask.sum(1)
 
 
-def shortfall(log_odds: torch.Tensor, target: float) -> torch.Tensor:
-    """By how much each prompt's refusal log-odds fall short of `target`, and 0 where they do not: (batch,).
+def shortfall(
+    chat_model: ChatModel, rows: Sequence[Row], phrases: RefusalPhrases, target: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """By how much the refusal log-odds of each row's prompt, under its interventions, fall short of `target`, and 0
+    where they do not: (batch,). And the log-odds, without a gradient.
 
     Cross-entropy lifts sure refusals further and spends itself on which words they take; this lifts the unsure ones.
     """
-    return (target - log_odds).relu()
-
-
-def row_log_odds(chat_model: ChatModel, rows: Sequence[Row], phrases: RefusalPhrases) -> torch.Tensor:
-    """Refusal log-odds of each row's prompt under its interventions: (batch,), with a gradient."""
     prompts, _, interventions = columns(rows)
-    return _log_odds(chat_model, prompts, interventions, phrases)
+    target = torch.full([len(rows)], target, device=chat_model.device)
+    return _hinge(chat_model, prompts, interventions, phrases, target, -1.0)
 
 
 @torch.no_grad()
@@ -57,21 +56,38 @@ def refusal_rise(
     not: (batch,).
 
     start: of `start_log_odds`, (batch,). On look-alike twins it is what over-refusal comes from. KL hardly sees it: a
-    twin whose refusal goes from 45 to 55% costs two hundredths of a nat. Most prompts lie below after a few steps and
-    have no gradient: all are read by a forward pass alone, and those above once more with a gradient.
+    twin whose refusal goes from 45 to 55% costs two hundredths of a nat.
+    """
+    return _hinge(chat_model, prompts, [()] * len(prompts), phrases, start - below, 1.0)[0]
+
+
+def _hinge(
+    chat_model: ChatModel,
+    prompts: Sequence[Sequence[int]],
+    interventions: Sequence[tuple[Intervention, ...]],
+    phrases: RefusalPhrases,
+    limits: torch.Tensor,
+    sign: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """max(0, sign (log-odds - limit)) of each prompt, and its log-odds without a gradient: (batch,) each.
+
+    As training goes on most prompts are on the right side and have no gradient: all are read by a forward pass alone,
+    a third of the cost, and those on the wrong side once more with a gradient.
     """
 
-    def rise(chosen: Sequence[int]) -> torch.Tensor:
-        log_odds = _log_odds(chat_model, [prompts[n] for n in chosen], [()] * len(chosen), phrases)
-        return (log_odds - start[chosen] + below).relu()
+    def read(chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        log_odds = _log_odds(chat_model, [prompts[n] for n in chosen], [interventions[n] for n in chosen], phrases)
+        return (sign * (log_odds - limits[chosen])).relu(), log_odds.detach()
 
     everything = list(range(len(prompts)))
     if processes.sharded():  # every process must run the same passes
-        return rise(everything)
+        return read(everything)
     with torch.no_grad():
-        found = rise(everything)
-    above = found.nonzero().flatten().tolist()
-    return found.index_put((torch.tensor(above, device=found.device),), rise(above)) if above else found
+        loss, log_odds = read(everything)
+    wrong = loss.nonzero().flatten().tolist()
+    if wrong:
+        loss = loss.index_put((torch.tensor(wrong, device=loss.device),), read(wrong)[0])
+    return loss, log_odds
 
 
 def _log_odds(
