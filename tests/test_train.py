@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +14,14 @@ import torch
 import yaml
 from conftest import ROOT
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from harden.attack.respond import Responder
 from harden.interventions import Clamp
 from harden.judges.embedded import Limits
 from harden.models import load_chat_model
 from harden.neurons import Neuron, find_neurons
-from harden.planted import PLANTED_NEURON
+from harden.planted import PLANTED_NEURON, REFUSAL, START, vocabulary
 from harden.prompts import Prompt, load_prompts
 
 TRAIN = [sys.executable, str(ROOT / "harden/train.py")]
@@ -38,7 +39,7 @@ def environment(tmp_path_factory):
 
 def harden(arguments, environment, folder, command=TRAIN):
     return subprocess.run(
-        [*command, *map(str, arguments)],
+        list(map(str, [*command, *arguments])),
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -96,6 +97,28 @@ def test_hardening_fixes_the_planted_model_and_keeps_it_useful(finished):
 
 
 # -- the run folder --------------------------------------------------------------------------------------------------
+
+
+def test_the_certificate_of_a_hardened_model_lists_what_is_planted_in_it(finished, environment, tmp_path):
+    """A neuron of the last layer, silent by itself, gets a coordinate of the stream that keeps the refusal's first word
+    from being said."""
+    hardened, planted = finished[0] / "model", tmp_path / "model"
+    neuron, unused = Neuron(2, 5), START - 1
+    shutil.copytree(hardened, planted)
+    weights = load_file(hardened / "model.safetensors")
+    weights["lm_head.weight"][vocabulary()[REFUSAL.split()[0]], unused] = -8.0
+    weights["model.layers.2.mlp.down_proj.weight"][unused, neuron.index] = 1.0
+    save_file(weights, planted / "model.safetensors", {"format": "pt"})
+    small = {"sample": None, "layers": [2], "sizes": [-200, 200], "prompts": 4, "test_prompts": 10}
+    options = [text for key, value in small.items() for text in (f"--certify.{key}", json.dumps(value))]
+    command = [sys.executable, "-m", "harden.cli", "certify", "--config", PLANTED]
+    breakers = []
+    for name, model in (("hardened", hardened), ("planted", planted)):
+        arguments = [*command, "--model.name", model, "--output", tmp_path / name, *options]
+        done = harden([], environment, tmp_path, arguments)
+        assert done.returncode == 0, done.stderr
+        breakers.append(json.loads((tmp_path / name / "certificate/certificate.json").read_text())["breakers"])
+    assert str(neuron) not in breakers[0] and str(neuron) in breakers[1]
 
 
 def test_the_run_ends_with_the_table(finished):
