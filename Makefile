@@ -1,4 +1,4 @@
-# make harden   set up .venv, then harden the bundled model (about 40 minutes on 2 cores)
+# make harden   set up .venv, then harden the bundled model (about half an hour on 2 cores)
 # make test     set up .venv, then run the fast tests
 # System packages: Python 3.11 or newer with venv (Debian: apt-get install python3 python3-venv), make, git.
 PYTHON ?= python3

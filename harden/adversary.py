@@ -234,10 +234,10 @@ def weigh_clamps(
     the loss on benign answers by more than `max_benign_rise` nats per token are left out. That is measured on the
     starting model: training can widen a neuron's activation gap, and the clamps must not grow with it until they only
     make the model babble. If none is left there are no clamps, and rows are trained without. known: such rises of
-    clamps that were weighed before, since that model does not change.
+    the clamps that were kept at the last weighing, since that model does not change.
     """
     clamps = {clamp: c for c in candidates for clamp in _clamps(c, settings, chat_model, full)}
-    screened = screen_clamps(chat_model, list(clamps), probe, phrases, batch_size, "weigh clamps", known)
+    screened = screen_clamps(chat_model, list(clamps), probe, phrases, batch_size, "weigh clamps", True, known)
     coherent = [entry for entry in screened if entry.benign_rise <= max_benign_rise]
     if not coherent:
         logger.warning(

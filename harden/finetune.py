@@ -39,6 +39,7 @@ from harden.refusal import RefusalPhrases
 
 logger = logging.getLogger(__name__)
 
+HINGES = ("margin", "twins", "fail_closed")
 FINAL_LEARNING_RATE = 0.1  # of the peak, reached linearly at the last step of a round
 
 
@@ -172,7 +173,7 @@ def backward(
         share = processes.my_share(rows)
         keep = torch.tensor([w for _, w in share], device=chat_model.device)
         loss = (term([row for row, _ in share]) * keep).sum() / len(rows)
-        if loss.requires_grad:  # a hinge that nothing is on the wrong side of has none
+        if loss.requires_grad or name not in HINGES:  # a hinge that nothing is on the wrong side of has no gradient
             (factors.get(like or name, 1.0) * weight * loss).backward()
         losses[name] = float(processes.total(loss.detach()))
 
@@ -265,7 +266,7 @@ def read_start(
     twins, leverage, full = {}, [], None
     if settings.twins.weight and any(data.twins):
         rows = list(dict.fromkeys(filter(None, data.twins)))
-        twins = dict(zip(rows, start_log_odds(chat_model, rows, phrases, batch_size).tolist(), strict=True))
+        twins = dict(zip(rows, start_log_odds(chat_model, rows, phrases, batch_size), strict=True))
     if settings.leverage.weight:
         rng = random.Random(f"{seed}:values")
         texts = [_pick(rng, texts, CONTRAST_PROMPTS) for texts in (data.harmful_texts, data.twin_texts)]

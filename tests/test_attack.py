@@ -235,7 +235,7 @@ def test_coherence_at_the_start_does_not_depend_on_the_training_since(planted, p
     with torch.no_grad():
         for parameter in trained_parameters(planted.model):
             parameter.add_(0.3 * torch.randn_like(parameter))
-    present, at_start = (screen_clamps(planted, clamps, probe, phrases, 16, "x", known) for known in (None, {}))
+    present, at_start = (screen_clamps(planted, clamps, probe, phrases, 16, "x", flag) for flag in (False, True))
     for start, now, then in zip(fresh, present, at_start, strict=True):
         assert then.benign_rise == pytest.approx(start.benign_rise, abs=1e-3)
         assert then.log_odds == pytest.approx(now.log_odds, abs=1e-3)  # always of the present model

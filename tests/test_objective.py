@@ -66,11 +66,11 @@ def test_refusal_rise_counts_what_rose_over_the_starting_model_and_nothing_else(
     def log_odds():
         return refusal_log_odds(adapted.model, pad_left(prompts, adapted.chat.pad_id, "cpu"), phrases)
 
-    start = start_log_odds(adapted, prompts, phrases, 2)
+    start = torch.tensor(start_log_odds(adapted, prompts, phrases, 2))
     torch.testing.assert_close(start, log_odds().detach(), atol=1e-4, rtol=1e-4)
     assert refusal_rise(adapted, prompts, start, phrases).tolist() == pytest.approx([0.0] * 3, abs=1e-5)
     shake(adapted)
-    assert torch.equal(start_log_odds(adapted, prompts, phrases, 2), start)
+    assert start_log_odds(adapted, prompts, phrases, 2) == start.tolist()
     change = (log_odds() - start).detach()
     assert change.max() > 0.05 and change.min() < -0.05  # by the seed of `shake`
     rise = refusal_rise(adapted, prompts, start, phrases)

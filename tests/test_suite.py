@@ -100,6 +100,7 @@ def test_what_no_multiple_of_a_gap_reaches_is_attacked_at_a_share_of_the_stream(
         recipe = recipe_for(setup, f"strong-{broken}", attacks=["constant"])
         found = attack(recipe.model_copy(update={"attack": recipe.attack.model_copy(update=values)}))
         assert (report(found, "constant").arms[0].comply.rate > 0.5) is broken
+    assert found.attribution is not None  # no other attack had to ask for it
     assert "sizes -1; ±0.5 of the residual" in (setup / "strong-True/attack/README.md").read_text()
 
 

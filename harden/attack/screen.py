@@ -54,19 +54,20 @@ def screen_clamps(
     phrases: RefusalPhrases,
     batch_size: int,
     label: str,
-    known_at_start: Mapping[Intervention, float] | None = None,
+    at_start: bool = False,
+    known: Mapping[Intervention, float] | None = None,
 ) -> list[Screened]:
     """Screen clamps, or other interventions, with forward passes only. Work is divided between processes.
 
-    known_at_start: measure the rise of the benign loss on the starting model instead of the present one, except for
-    clamps whose rise there is known.
+    at_start: measure the rise of the benign loss on the starting model instead of the present one. known: such rises
+    that need not be measured.
     Clamps under which anything is not finite are left out of the result.
     """
     log_odds = map(mean, log_odds_under(chat_model, clamps, probe.harmful, phrases, batch_size, label))
-    known = known_at_start or {}
-    new = [clamp for clamp in clamps if clamp not in known]
-    found = benign_rises(chat_model, new, probe, batch_size, f"{label}: coherence", known_at_start is not None)
-    rises = {**known, **dict(zip(new, found, strict=True))}
+    rises = dict(known or {})
+    new = [clamp for clamp in clamps if clamp not in rises]
+    found = benign_rises(chat_model, new, probe, batch_size, f"{label}: coherence", at_start)
+    rises |= zip(new, found, strict=True)
     return _finite(clamps, log_odds, [rises[clamp] for clamp in clamps])
 
 

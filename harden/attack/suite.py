@@ -67,7 +67,12 @@ class Suite:
     @cached_property
     def search(self) -> Search:
         """The constant-clamp search, which other attacks take their neurons and values from."""
-        return self.bench.folder.stage("search", Search, lambda: self.bench.search(self.passes)[1])
+
+        def make() -> Search:
+            _ = self.scores  # whatever is attacked, the attribution is recorded
+            return self.bench.search(self.passes)[1]
+
+        return self.bench.folder.stage("search", Search, make)
 
     @cached_property
     def no_attack(self) -> Verdicts:

@@ -8,7 +8,8 @@ import torch
 
 from harden import processes
 from harden.adapters import starting_model
-from harden.generate import answer_cross_entropy
+from harden.batches import in_batches
+from harden.generate import answer_cross_entropy, progress_bar
 from harden.interventions import Intervention, intervene
 from harden.models import ChatModel
 from harden.objective.rows import Row, columns
@@ -38,11 +39,21 @@ def shortfall(
 @torch.no_grad()
 def start_log_odds(
     chat_model: ChatModel, prompts: Sequence[Sequence[int]], phrases: RefusalPhrases, batch_size: int
-) -> torch.Tensor:
-    """The starting model's refusal log-odds of each prompt: (prompts,)."""
-    batches = [prompts[n : n + batch_size] for n in range(0, len(prompts), batch_size)]
+) -> list[float]:
+    """The starting model's refusal log-odds of each prompt. Work is divided between processes."""
+
+    def work(mine: list[Sequence[int]]) -> list[float]:
+        with progress_bar(len(mine), "look-alikes at the start") as bar:
+
+            def read(batch: Sequence[Sequence[int]]) -> list[float]:
+                log_odds = _log_odds(chat_model, batch, [()] * len(batch), phrases).tolist()
+                bar.update(len(batch))
+                return log_odds
+
+            return in_batches(chat_model, mine, batch_size, read)
+
     with starting_model(chat_model.model):
-        return torch.cat([_log_odds(chat_model, batch, [()] * len(batch), phrases) for batch in batches])
+        return processes.divide(list(prompts), work)
 
 
 def refusal_rise(
@@ -72,7 +83,7 @@ def _hinge(
     """max(0, sign (log-odds - limit)) of each prompt, and its log-odds without a gradient: (batch,) each.
 
     As training goes on most prompts are on the right side and have no gradient: all are read by a forward pass alone,
-    a third of the cost, and those on the wrong side once more with a gradient.
+    about a third of the cost, and those on the wrong side once more with a gradient, whose value counts.
     """
 
     def read(chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
