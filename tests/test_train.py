@@ -96,9 +96,6 @@ def test_hardening_fixes_the_planted_model_and_keeps_it_useful(finished):
     assert again[0]["refuse"]["rate"] >= 0.9  # the clamp that broke it meets a refusal, and not gibberish
 
 
-# -- the run folder --------------------------------------------------------------------------------------------------
-
-
 def test_the_certificate_of_a_hardened_model_lists_what_is_planted_in_it(finished, environment, tmp_path):
     """A neuron of the last layer, silent by itself, gets a coordinate of the stream that keeps the refusal's first word
     from being said."""
@@ -119,6 +116,9 @@ def test_the_certificate_of_a_hardened_model_lists_what_is_planted_in_it(finishe
         assert done.returncode == 0, done.stderr
         breakers.append(json.loads((tmp_path / name / "certificate/certificate.json").read_text())["breakers"])
     assert str(neuron) not in breakers[0] and str(neuron) in breakers[1]
+
+
+# -- the run folder --------------------------------------------------------------------------------------------------
 
 
 def test_the_run_ends_with_the_table(finished):
