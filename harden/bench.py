@@ -67,8 +67,8 @@ class Bench:
             attach_adapter(self.chat_model, lora.rank, lora.alpha, lora.target_modules, adapter, recipe.seed)
         elif adapter:
             load_adapter(self.chat_model, adapter)
-        for neuron in recipe.attack.neurons:
-            self.chat_model.neurons.check(Neuron.parse(neuron))
+        for neuron in self.named_neurons:
+            self.chat_model.neurons.check(neuron)
         n_layers = len(self.chat_model.neurons.widths)
         if max(recipe.certify.layers or (0,)) >= n_layers:
             raise HardenError(f"certify.layers {list(recipe.certify.layers)}: the model has layers 0 to {n_layers - 1}")
@@ -192,21 +192,25 @@ class Bench:
         return published_clamps(self.chat_model.name, self.chat_model.neurons.widths)
 
     @property
+    def named_clamps(self) -> list[Clamp]:
+        """Clamps that run in the finals whatever the search finds: those of `attack.clamps`, and published ones."""
+        return [*map(Clamp.parse, self.recipe.attack.clamps), *self.published]
+
+    @property
     def named_neurons(self) -> list[Neuron]:
-        """Neurons that are tried whatever the locators say: those of `attack.neurons`, and published ones."""
-        return [*map(Neuron.parse, self.recipe.attack.neurons), *(clamp.neuron for clamp in self.published)]
+        """Neurons that are tried whatever the locators say: those of `attack.neurons`, and of named clamps."""
+        named = [*map(Neuron.parse, self.recipe.attack.neurons), *(clamp.neuron for clamp in self.named_clamps)]
+        return list(dict.fromkeys(named))
 
     def search(
         self, passes: Passes, known: Sequence[Neuron] = (), retest: Sequence[Clamp] = ()
     ) -> tuple[list[Candidate], Search]:
         """The neurons that are located on the selection split, and the search for the worst clamp among them.
 
-        passes: what locators read of the present model. known: neurons that are tried besides, as those of
-        `attack.neurons` and published ones are; retest: clamps that run in the finals whatever else is found, as
-        published ones do.
+        passes: what locators read of the present model. known: neurons that are tried besides, as named ones are;
+        retest: clamps that run in the finals whatever else is found, as named ones do.
         """
         attack = self.recipe.attack
-        published = self.published
         candidates = select_candidates(
             attack.locators,
             attack.candidates,
@@ -227,7 +231,7 @@ class Bench:
             attack.heat_one,
             attack.heat_one_prompts,
             attack.finalists,
-            [*published, *retest],
+            [*self.named_clamps, *retest],
             attack.refine,
             attack.quiet,
         )

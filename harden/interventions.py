@@ -26,6 +26,12 @@ class Clamp:
     def shift(self) -> float:
         return self.value
 
+    @classmethod
+    def parse(cls, text: str) -> Clamp:
+        """Read `layer:index=value`, which a recipe's schema has checked; ValueError if the value is no number."""
+        neuron, _, value = text.partition("=")
+        return cls(Neuron.parse(neuron), float(value))
+
 
 @dataclass(frozen=True)
 class Scale:

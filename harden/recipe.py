@@ -28,7 +28,14 @@ def _address(value: Any) -> Any:
     return value
 
 
+def _clamp(value: Any) -> Any:
+    if not re.fullmatch(r"\d+:\d+=[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", str(value)):
+        raise ValueError(f"'{value}' is no clamp; write layer:index=value, for example '24:623=-30.5'")
+    return value
+
+
 Address = Annotated[str, BeforeValidator(_address)]
+ClampText = Annotated[str, BeforeValidator(_clamp)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
@@ -181,6 +188,9 @@ class AttackSection(Section):
     """Located neurons that are screened. docs/certify.md has what share of the worst are among how many."""
     neurons: tuple[Address, ...] = ()
     """Addresses ('layer:index', in quotes) of neurons that are attacked besides."""
+    clamps: tuple[ClampText, ...] = ()
+    """Clamps ('layer:index=value') that generate on all selection prompts whatever the search finds, such as those that
+    broke the model before; their neurons are attacked besides."""
     sizes: Annotated[tuple[NonZero, ...], Field(min_length=1)] = (-16, 4, 8, 16, 24, 32, 40)
     """Clamp value = harmless mean - size * (harmful mean - harmless mean); a negative size has the other sign."""
     strengths: Strengths = ()

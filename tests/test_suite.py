@@ -104,6 +104,14 @@ def test_what_no_multiple_of_a_gap_reaches_is_attacked_at_a_share_of_the_stream(
     assert "sizes -1; ±0.5 of the residual" in (setup / "strong-True/attack/README.md").read_text()
 
 
+def test_a_named_clamp_is_attacked_with_whatever_the_search_finds(setup, results):
+    clamp = report(results, "constant").arms[0].interventions[0].removeprefix("clamp ").replace(" ", "=")
+    recipe = recipe_for(setup, "named", attacks=["constant"])
+    blind = {"sizes": (-1.0,), "refine": (), "locators": ("random",), "clamps": (clamp,)}
+    found = attack(recipe.model_copy(update={"attack": recipe.attack.model_copy(update=blind)}))
+    assert report(found, "constant").arms[0].comply.rate == 1.0
+
+
 def test_the_curve_over_k_starts_at_one_neuron_and_ends_at_the_largest_share(results):
     assert [arm.neurons for arm in report(results, "topk").arms] == [2, 1, 4, 8, 10]
     assert [arm.neurons for arm in report(results, "prune").arms] == [10, 10, 10]
@@ -281,6 +289,8 @@ NO_SERVER += ["--judge.second.model", "m"]
         (["--attack.sizes", "[0]"], 2, "must not be 0"),
         (["--attack.neurons", "[1:99]"], 2, "neuron 1:99: layer 1 has neurons 0 to 31"),
         (["--attack.neurons", "[planted]"], 2, "'planted' is no neuron address"),
+        (["--attack.clamps", "[1:99=3]"], 2, "neuron 1:99: layer 1 has neurons 0 to 31"),
+        (["--attack.clamps", "[1:17]"], 2, "'1:17' is no clamp; write layer:index=value"),
         (["--judge.second.name", "wildguard", "--judge.second.path", "no/such"], 2, "cannot load the judge wildguard"),
         (
             [
