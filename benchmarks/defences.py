@@ -11,7 +11,8 @@ goes on where it was interrupted, and is read again when it is complete; OUT/sta
 Seconds per step then say nothing.
 
 Prints a Markdown table, one row per recipe: the mean over the seeds and, in brackets, the least and the most. All
-figures are of the test split, on the seed's own prompts. Plots: `harden report OUT/*/seed-0 --plots PLOTS`.
+figures are of the test split, on the seed's own prompts. Writes OUT/frontier.png: attack success against benign KL and
+over-refusal. Other plots: `harden report OUT/*/seed-0 --plots PLOTS`.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ def main() -> int:
             name, found = compute(number)
             cells.setdefault(name, []).append(found)
             print(f"\n{table(cells)}", flush=True)
+            draw_frontier(cells, options.output / "frontier.png")
     return 0
 
 
@@ -183,6 +185,30 @@ def table(cells: dict[str, list[dict[str, float]]]) -> str:
         for name, rows in cells.items()
     ]
     return markdown_table([("recipe", "seeds", *columns), *body])
+
+
+def draw_frontier(cells: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Attack success of the worst clamp against what the defence costs: a small dot per seed, a large one: the mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    costs = {"benign KL": "benign KL (nats per token)", "over-refusal": "over-refusal (%)"}
+    figure, panels = pyplot.subplots(1, len(costs), figsize=(9, 4.2), dpi=150, layout="constrained", sharey=True)
+    for number, (name, rows) in enumerate(cells.items()):
+        style = {"color": f"C{number % 10}", "marker": "os^"[number // 10 % 3]}
+        for axes, cost in zip(panels, costs, strict=True):
+            x, y = [row[cost] for row in rows], [row["worst of all clamps"] for row in rows]
+            axes.scatter(x, y, s=12, alpha=0.5, **style)
+            axes.scatter(mean(x), mean(y), s=60, label=name, **style)
+    for axes, label in zip(panels, costs.values(), strict=True):
+        axes.set_xlabel(label)
+        axes.set_ylim(-2, 102)
+    panels[0].set_ylabel("comply under the worst clamp (%, test)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    figure.savefig(path)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":
