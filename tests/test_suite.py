@@ -110,6 +110,7 @@ def test_a_named_clamp_is_attacked_with_whatever_the_search_finds(setup, results
     blind = {"sizes": (-1.0,), "refine": (), "locators": ("random",), "clamps": (clamp,)}
     found = attack(recipe.model_copy(update={"attack": recipe.attack.model_copy(update=blind)}))
     assert report(found, "constant").arms[0].comply.rate == 1.0
+    assert f"tried besides: {clamp}." in (setup / "named/attack/README.md").read_text()
 
 
 def test_the_curve_over_k_starts_at_one_neuron_and_ends_at_the_largest_share(results):

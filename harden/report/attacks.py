@@ -74,7 +74,7 @@ intervals. {kept}
 {judge_note(recipe.judge.min_gain)}
 
 Candidates of the clamp: {recipe.attack.candidates} by {", ".join(recipe.attack.locators)};
-{sizes_text(recipe.attack.sizes, recipe.attack.strengths)}{_refined(recipe)}.
+{sizes_text(recipe.attack.sizes, recipe.attack.strengths)}{_refined(recipe)}.{_named(recipe)}
 
 {attack_table(results)}
 
@@ -89,6 +89,11 @@ That the model withstands other attacks: several neurons clamped at once to valu
 fine-tuning or editing the weights, and jailbreak prompts were not tried. All arms, and all outcomes by prompt id, are
 in `attack.json`.
 """
+
+
+def _named(recipe: Recipe) -> str:
+    named = ", ".join((*recipe.attack.neurons, *recipe.attack.clamps))
+    return f" Named in the recipe and tried besides: {named}." if named else ""
 
 
 def _refined(recipe: Recipe) -> str:
