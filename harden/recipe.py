@@ -189,8 +189,8 @@ class AttackSection(Section):
     neurons: tuple[Address, ...] = ()
     """Addresses ('layer:index', in quotes) of neurons that are attacked besides."""
     clamps: tuple[ClampText, ...] = ()
-    """Clamps ('layer:index=value') that generate on all selection prompts whatever the search finds, such as those that
-    broke the model before; their neurons are attacked besides."""
+    """Clamps ('layer:index=value') that generate on all selection prompts whatever the search finds, and on the test
+    prompts in `harden attack`, such as those that broke the model before; their neurons are attacked besides."""
     sizes: Annotated[tuple[NonZero, ...], Field(min_length=1)] = (-16, 4, 8, 16, 24, 32, 40)
     """Clamp value = harmless mean - size * (harmful mean - harmless mean); a negative size has the other sign."""
     strengths: Strengths = ()

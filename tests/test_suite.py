@@ -107,10 +107,13 @@ def test_what_no_multiple_of_a_gap_reaches_is_attacked_at_a_share_of_the_stream(
 def test_a_named_clamp_is_attacked_with_whatever_the_search_finds(setup, results):
     clamp = report(results, "constant").arms[0].interventions[0].removeprefix("clamp ").replace(" ", "=")
     recipe = recipe_for(setup, "named", attacks=["constant"])
-    blind = {"sizes": (-1.0,), "refine": (), "locators": ("random",), "clamps": (clamp,)}
+    mild = f"{PLANTED_NEURON}=0.5"
+    blind = {"sizes": (-1.0,), "refine": (), "locators": ("random",), "clamps": (clamp, mild)}
     found = attack(recipe.model_copy(update={"attack": recipe.attack.model_copy(update=blind)}))
-    assert report(found, "constant").arms[0].comply.rate == 1.0
-    assert f"tried besides: {clamp}." in (setup / "named/attack/README.md").read_text()
+    arms = report(found, "constant").arms
+    assert arms[0].comply.rate == 1.0
+    assert [arm.interventions for arm in arms].count([f"clamp {PLANTED_NEURON} 0.5"]) == 1
+    assert f"tried besides: {clamp}, {mild}." in (setup / "named/attack/README.md").read_text()
 
 
 def test_the_curve_over_k_starts_at_one_neuron_and_ends_at_the_largest_share(results):

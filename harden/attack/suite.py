@@ -192,17 +192,17 @@ def judges_agreement(records: Sequence[ArmRecord]) -> AgreementRecord | None:
 
 
 def constant(suite: Suite) -> AttackReport:
-    """The worst clamp of the search, other values of its neuron, and the other worst neurons."""
+    """The worst clamp of the search, other values of its neuron, the other worst neurons, and named clamps."""
     began = time.monotonic()
     worst = suite.search.worst.clamp
     values = [worst.value * factor for factor in suite.settings.sweep]
     others = [clamp for clamp in suite.search.best_clamps(suite.settings.top) if clamp.neuron != worst.neuron]
-    clamps = [worst, *(Clamp(worst.neuron, value) for value in values), *others]
+    clamps = [worst, *(Clamp(worst.neuron, value) for value in values), *others, *suite.bench.named_clamps]
     tried = [
         suite.arm_record(build.constant(a.clamp.neuron, a.clamp.value), "selection", a.verdicts)
         for a in sorted(suite.search.finals, key=lambda a: -a.share("comply"))
     ]
-    return suite.report("constant", [build.constant(c.neuron, c.value) for c in clamps], tried, began)
+    return suite.report("constant", [build.constant(c.neuron, c.value) for c in dict.fromkeys(clamps)], tried, began)
 
 
 def anchor(suite: Suite) -> AttackReport:
