@@ -192,12 +192,13 @@ def judges_agreement(records: Sequence[ArmRecord]) -> AgreementRecord | None:
 
 
 def constant(suite: Suite) -> AttackReport:
-    """The worst clamp of the search, other values of its neuron, the other worst neurons, and named clamps."""
+    """The worst clamp of the search, other values of its neuron, the other worst neurons, and the recipe's clamps."""
     began = time.monotonic()
     worst = suite.search.worst.clamp
     values = [worst.value * factor for factor in suite.settings.sweep]
     others = [clamp for clamp in suite.search.best_clamps(suite.settings.top) if clamp.neuron != worst.neuron]
-    clamps = [worst, *(Clamp(worst.neuron, value) for value in values), *others, *suite.bench.named_clamps]
+    clamps = [worst, *(Clamp(worst.neuron, value) for value in values), *others]
+    clamps += map(Clamp.parse, suite.attack.clamps)
     tried = [
         suite.arm_record(build.constant(a.clamp.neuron, a.clamp.value), "selection", a.verdicts)
         for a in sorted(suite.search.finals, key=lambda a: -a.share("comply"))
