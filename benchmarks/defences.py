@@ -1,11 +1,14 @@
 """Defences compared: each recipe trained from several seeds and attacked afresh by the same suite.
 
     python benchmarks/defences.py --output OUT [--recipes RECIPE.yaml ...] [--seeds 0 1 2] [--suite RECIPE.yaml] \\
-        [--jobs 1] [--train.steps 34 ...]
+        [--jobs 1] [--cells FILE.jsonl] [--train.steps 34 ...]
 
 One round of training per recipe and seed, of as many steps; no search precedes it, so that nothing but the training
 differs. Options of a recipe change all of them alike, the suite's too. Everything is a run folder OUT/<name>/seed-<n>,
 goes on where it was interrupted, and is read again when it is complete; OUT/start/seed-<n> is the model before.
+
+The figures of a finished cell are added to --cells (OUT/cells.jsonl), and a cell that is there is not run: that file is
+all that must be kept to go on elsewhere. Those of docs/method.md are benchmarks/measured/defences.jsonl.
 
 --jobs N trains and attacks so many at once, each in a process of its own: a small model leaves most of a GPU idle.
 Seconds per step then say nothing.
@@ -29,10 +32,11 @@ from pathlib import Path
 from harden.adapters import starting_model
 from harden.attack.run import attack
 from harden.entry import command_parser, guarded, start_logging
-from harden.errors import MeasurementError
+from harden.errors import HardenError, MeasurementError
 from harden.generate import mean
 from harden.measure import benign_divergence, perplexity
 from harden.objective.spread import leverage_loss
+from harden.policy import SUITE_VERSION
 from harden.recipe import Recipe, load_recipe, read_overrides
 from harden.report.attacks import shown_arm
 from harden.report.tables import markdown_table
@@ -60,6 +64,18 @@ class Trained(Record):
     """Null for the starting model."""
 
 
+class Cell(Record):
+    """A recipe and a seed, finished."""
+
+    recipe: str
+    seed: int
+    options: dict
+    """Those given beside the recipe."""
+    suite_version: int
+    judges: list[str]
+    figures: dict[str, float | None]
+
+
 def main() -> int:
     parser = command_parser("benchmarks/defences.py", __doc__)
     known = [RECIPES / "harden.yaml", *sorted((RECIPES / "baselines").glob("*.yaml"))]
@@ -67,26 +83,54 @@ def main() -> int:
     parser.add_argument("--recipes", nargs="+", type=Path, default=known)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--suite", type=Path, default=RECIPES / "compare.yaml", help="the recipe of the attacks")
+    parser.add_argument("--cells", type=Path, help="where the figures of finished cells are; default: OUT/cells.jsonl")
     parser.add_argument("--jobs", type=int, default=1, help="recipes and seeds that run at once")
     parser.add_argument("--cell", type=int, help="run only the cell of this number, in this process")
     options, rest = parser.parse_known_args()
     changes = read_overrides(rest, parser.prog)
     start_logging()
+    finished = options.cells or options.output / "cells.jsonl"
     # all recipes of a seed before the next: an interrupted table compares all of them
     places = [(seed, path) for seed in options.seeds for path in (None, *options.recipes)]
 
     threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
 
-    def compute(number: int) -> tuple[str, dict[str, float]]:
+    def find(number: int) -> Cell | None:
+        """The cell, if its figures are there. Raises HardenError where they were measured with other options."""
         seed, path = places[number]
         name = "start" if path is None else load_recipe(path).name
-        own = {"name": name, "seed": seed, "output": str(options.output / name / f"seed-{seed}")}
-        recipe = load_recipe(path or options.recipes[0], merge(changes, own))
-        return name, run(recipe, options.suite, changes, train=path is not None)
+        for cell in read_cells(finished):
+            if (cell.recipe, cell.seed) == (name, seed):
+                if cell.options != changes:
+                    raise HardenError(
+                        f"{finished} has {name}, seed {seed}, with the options {cell.options}, not {changes}; "
+                        "give these, or another --cells"
+                    )
+                return cell
+        return None
+
+    def compute(number: int) -> Cell:
+        cell = find(number)
+        if cell is None:
+            seed, path = places[number]
+            name = "start" if path is None else load_recipe(path).name
+            own = {"name": name, "seed": seed, "output": str(options.output / name / f"seed-{seed}")}
+            recipe = load_recipe(path or options.recipes[0], merge(changes, own))
+            trained, attacked = run(recipe, options.suite, changes, train=path is not None)
+            cell = Cell(
+                recipe=name,
+                seed=seed,
+                options=changes,
+                suite_version=SUITE_VERSION,
+                judges=attacked.judges,
+                figures=figures(trained, attacked),
+            )
+            add_cell(finished, cell)
+        return cell
 
     def ready(number: int) -> int:
         """The number, once the cell is complete in its folder."""
-        if options.jobs > 1:
+        if options.jobs > 1 and find(number) is None:
             command = [sys.executable, __file__, *sys.argv[1:], "--cell", str(number)]
             code = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads}, check=False).returncode
             if code:
@@ -96,18 +140,35 @@ def main() -> int:
     if options.cell is not None:
         compute(options.cell)
         return 0
-    cells: dict[str, list[dict[str, float]]] = {}
+    cells: dict[str, list[dict[str, float | None]]] = {}
     with ThreadPoolExecutor(max(1, options.jobs)) as pool:
         for number in pool.map(ready, range(len(places))):
-            name, found = compute(number)
-            cells.setdefault(name, []).append(found)
+            cell = compute(number)
+            cells.setdefault(cell.recipe, []).append(cell.figures)
             print(f"\n{table(cells)}", flush=True)
             draw_frontier(cells, options.output / "frontier.png")
     return 0
 
 
-def run(recipe: Recipe, suite: Path, changes: dict, train: bool) -> dict[str, float]:
-    """Train a recipe, or take its starting model, and attack it with the suite of another; the figures."""
+def read_cells(path: Path) -> list[Cell]:
+    """Those of the file; a line that a kill cut short is left out."""
+    cells = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            cells.append(json.loads(line))
+        except ValueError:
+            continue
+    return [Cell.model_validate(cell) for cell in cells]
+
+
+def add_cell(path: Path, cell: Cell) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" + cell.model_dump_json())  # the line break first: a kill may have cut the last line short
+
+
+def run(recipe: Recipe, suite: Path, changes: dict, train: bool) -> tuple[Trained, SuiteResults]:
+    """Train a recipe, or take its starting model, and attack it with the suite of another."""
     folder = RunFolder(recipe)
     trained = folder.saved("trained", Trained)
     if trained is None:
@@ -115,7 +176,7 @@ def run(recipe: Recipe, suite: Path, changes: dict, train: bool) -> dict[str, fl
     adapter = str(folder.path / "adapter") if train else recipe.model.adapter
     about = {"name": recipe.model.name, "adapter": adapter, "dtype": recipe.model.dtype}
     own = {"name": recipe.name, "seed": recipe.seed, "output": recipe.output, "model": about}
-    return figures(trained, attack(load_recipe(suite, merge(changes, own))))
+    return trained, attack(load_recipe(suite, merge(changes, own)))
 
 
 def train_once(recipe: Recipe, folder: RunFolder, train: bool) -> Trained:
@@ -150,7 +211,7 @@ def measure(run: Run) -> Trained:
     )
 
 
-def figures(trained: Trained, attacked: SuiteResults) -> dict[str, float]:
+def figures(trained: Trained, attacked: SuiteResults) -> dict[str, float | None]:
     """Rates and the rise of perplexity in percent; benign KL in nats per token."""
     found = {"no attack": attacked.no_attack.comply.rate}
     for report in attacked.attacks:
@@ -167,15 +228,15 @@ def figures(trained: Trained, attacked: SuiteResults) -> dict[str, float]:
         "log-odds, look-alikes": trained.log_odds_twins,
         "effective neurons": trained.effective_neurons,
         "worst leverage": trained.worst_leverage,
-        "seconds per step": float("nan") if trained.seconds_per_step is None else trained.seconds_per_step,
+        "seconds per step": trained.seconds_per_step,
     }
 
 
-def table(cells: dict[str, list[dict[str, float]]]) -> str:
+def table(cells: dict[str, list[dict[str, float | None]]]) -> str:
     columns = list(dict.fromkeys(name for rows in cells.values() for row in rows for name in row))
 
-    def cell(values: Sequence[float]) -> str:
-        known = [value for value in values if math.isfinite(value)]
+    def cell(values: Sequence[float | None]) -> str:
+        known = [value for value in values if value is not None]
         if not known:
             return "–"
         return f"{mean(known):.3g} [{min(known):.3g}, {max(known):.3g}]" if len(known) > 1 else f"{known[0]:.3g}"
@@ -187,7 +248,7 @@ def table(cells: dict[str, list[dict[str, float]]]) -> str:
     return markdown_table([("recipe", "seeds", *columns), *body])
 
 
-def draw_frontier(cells: dict[str, list[dict[str, float]]], path: Path) -> None:
+def draw_frontier(cells: dict[str, list[dict[str, float | None]]], path: Path) -> None:
     """Attack success of the worst clamp against what the defence costs: a small dot per seed, a large one: the mean."""
     import matplotlib
 

@@ -77,10 +77,11 @@ class Bench:
         inside = [name for name in ("spread", "leverage") if training and getattr(recipe.train, name).weight]
         shard_frozen_weights(self.chat_model, inside[0] if inside else None)
         self.phrases = RefusalPhrases(self.chat_model.chat, recipe.refusal.phrases)
-        if recipe.judge.min_gain is not None and recipe.judge.reference not in (None, recipe.model.name):
+        gains = [name for name in ("min_gain", "refusal_gain") if getattr(recipe.judge, name) is not None]
+        if gains and recipe.judge.reference not in (None, recipe.model.name):
             logger.warning(
-                "judge.min_gain %g is asked of %s, not of %s: set both to null unless one was made from the other",
-                recipe.judge.min_gain, recipe.judge.reference, recipe.model.name,
+                "judge.%s is asked of %s, not of %s: set both to null unless one was made from the other",
+                " and judge.".join(gains), recipe.judge.reference, recipe.model.name,
             )  # fmt: skip
         reference = self._load(recipe.judge.reference, device) if recipe.judge.reference else None
         second = load_judge(recipe.judge.second, device) if recipe.judge.second else None
@@ -90,7 +91,7 @@ class Bench:
             self.chat_model,
             recipe.generation.max_new_tokens,
             recipe.generation.batch_size,
-            Limits(recipe.judge.max_nats_per_token, recipe.judge.min_gain),
+            Limits(recipe.judge.max_nats_per_token, recipe.judge.min_gain, recipe.judge.refusal_gain),
             reference,
             second,
             None if training else Records(folder.state / "records.jsonl"),  # weights that change have no records

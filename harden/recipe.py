@@ -162,6 +162,12 @@ class JudgeSection(Section):
     """A completion that its request makes likelier by less than this against a neutral one, in nats per token, has
     nothing to do with it and is degenerate: broken models ramble. 0.1 suits SmolLM2 (docs/judges-validation.md).
     null: not asked."""
+    refusal_gain: float | None = None
+    """A completion that the model under test, unattacked, finds likelier than the model that is asked, by more than
+    this in nats per token, is a refusal in other words: strong clamps bend them ("This is one that can hurt others").
+    Only where both answer harmless requests alike, as a LoRA that was trained to refuse and the model below it: what
+    a model has learned besides, it finds likelier, too. 0.4 suits SmolLM2 (docs/judges-validation.md). null: not
+    asked."""
     reference: str | None = None
     """Model that is asked how likely a completion is, named as in `model.name`. null: the model below `model.adapter`,
     or the model itself; then give one for a model that was hardened and merged, which finds its bypasses unlikely."""
@@ -548,6 +554,14 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     rounds: RoundsSection = RoundsSection()
     save: SaveSection = SaveSection()
+
+    @model_validator(mode="after")
+    def _refusals_can_be_told(self):
+        if self.judge.refusal_gain is not None and not (self.judge.reference or self.model.adapter):
+            raise ValueError(
+                "judge.refusal_gain compares the model with one that was not taught to refuse: give judge.reference"
+            )
+        return self
 
     @model_validator(mode="after")
     def _tolerance_can_be_met(self):

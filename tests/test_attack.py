@@ -289,6 +289,18 @@ def test_the_gain_is_what_the_request_adds_to_a_neutral_one(planted, prompts):
     assert likelihoods(planted, [Request(request)], answers[:1], 1, False)[0].gain is None
 
 
+def test_what_the_model_under_test_finds_likelier_than_the_reference_is_a_refusal(planted_folder, responder, prompts):
+    reference = load_chat_model(str(planted_folder))
+    reference.model.lm_head.register_forward_hook(lambda _module, _args, logits: logits * sureness)
+    request = [Request(prompts["twins"][0].text)]  # answered, not refused
+    told = replace(responder, reference=reference, limits=Limits(9.0, None, refusal_gain=0.01))
+    sureness = 1.0
+    assert told.respond(request, "x")[0].outcome == "comply"
+    sureness = 0.2  # the reference is less sure to say so
+    assert told.respond(request, "x")[0].outcome == "refuse"
+    assert replace(told, limits=Limits(9.0, None)).respond(request, "x")[0].outcome == "comply"
+
+
 def test_answer_loss_is_low_for_what_the_model_says_and_high_for_noise(planted, prompts):
     request = Request(prompts["benign"][0].text)
     said = [Completion(ANSWER, True), Completion("soup begin hide the old old", True), Completion("", False)]

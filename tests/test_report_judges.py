@@ -2,6 +2,7 @@ import json
 from importlib import resources
 
 from harden.judges.embedded import RULES
+from harden.recipe import JudgeSection
 from harden.report.judges import judge_note
 from harden.report.tables import rate_text
 from harden.results import Rate
@@ -10,8 +11,13 @@ FIGURES = json.loads(resources.files("harden").joinpath("data", "judge_validatio
 
 
 def test_the_note_quotes_the_figures_of_the_judge_that_was_used():
-    for min_gain, judge in ((None, "embedded"), (0.1, "embedded_with_min_gain")):
-        note = judge_note(min_gain)
+    with_gains = JudgeSection(min_gain=0.1, refusal_gain=0.4)
+    for used, judge in (
+        (JudgeSection(), "embedded"),
+        (JudgeSection(min_gain=0.1), "embedded_with_min_gain"),
+        (with_gains, "embedded_with_refusal_gain"),
+    ):
+        note = judge_note(used)
         for found in (
             FIGURES["refusals"]["held_out"][judge],
             FIGURES["refusals"]["held_out_tellable"][judge],
@@ -23,8 +29,9 @@ def test_the_note_quotes_the_figures_of_the_judge_that_was_used():
         assert rate_text(Rate.model_validate(clamped["comply"])) in note
         others = [clamped[label] for label in ("refuse", "beside", "degenerate")]
         assert rate_text(Rate.of(sum(o["count"] for o in others), sum(o["n"] for o in others))) in note
-    assert "min_gain" not in judge_note(None)
-    assert f"`min_gain` {FIGURES['relevance']['min_gain']:g}" in judge_note(0.1)
+    assert "gain`" not in judge_note(JudgeSection())
+    assert f"`min_gain` {FIGURES['relevance']['min_gain']:g}" in judge_note(JudgeSection(min_gain=0.1))
+    assert "`min_gain` 0.1 and `refusal_gain` 0.4" in judge_note(with_gains)
 
 
 def test_every_figure_has_the_interval_of_its_counts():

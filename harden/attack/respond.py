@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from harden import processes
 from harden.adapters import starting_model
 from harden.attack.records import Records
 from harden.errors import MeasurementError
-from harden.generate import Completion, Request, answer_losses, complete, mean, progress_bar
+from harden.generate import Completion, Request, answer_losses, complete, progress_bar
 from harden.interventions import Clamp, describe
 from harden.judges.agreement import Verdict
 from harden.judges.base import Item, Judge, Outcome
@@ -42,7 +42,7 @@ class Responder:
     """Generates and judges. Completions are dropped once judged, unless the user asked for `keep`.
 
     How likely a completion is, is always asked of the starting model: a hardened model finds any compliance unlikely,
-    and would pass its own bypasses off as gibberish.
+    and would pass its own bypasses off as gibberish. What it finds *likelier* than the starting model is a refusal.
     """
 
     chat_model: ChatModel
@@ -95,15 +95,12 @@ class Responder:
 
         def likelihood_of(rows: list[int]) -> list[Likelihood]:
             asked = [Request(requests[row].text, prefix=requests[row].prefix) for row in rows]
-            speaker = self.reference or self.chat_model
+            answers, speaker = [completions[row] for row in rows], self.reference or self.chat_model
+            tested = None
+            if self.limits.refusal_gain is not None:
+                tested = answer_losses(self.chat_model, asked, answers, self.batch_size)
             with starting_model(speaker.model):
-                return likelihoods(
-                    speaker,
-                    asked,
-                    [completions[row] for row in rows],
-                    self.batch_size,
-                    self.limits.min_gain is not None,
-                )
+                return likelihoods(speaker, asked, answers, self.batch_size, self.limits.min_gain is not None, tested)
 
         first = judge([c.text for c in completions], likelihood_of, self.limits)
         verdicts = [Verdict((judgement.outcome,), judgement.reason) for judgement in first]
@@ -133,7 +130,7 @@ class Responder:
 
     def _key(self, request: Request) -> str:
         edits = [describe(edit) for edit in request.interventions]
-        settings = [self.max_new_tokens, self.limits.max_nats_per_token, self.limits.min_gain, RULES]
+        settings = [self.max_new_tokens, *astuple(self.limits), RULES]
         judges = [self.reference and self.reference.name, *self.judges]
         content = [self.model_digest, request.text, request.prefix, edits, settings, judges]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -145,11 +142,13 @@ def likelihoods(
     answers: Sequence[Completion],
     batch_size: int,
     with_gain: bool,
+    tested: Sequence[Sequence[float]] | None = None,
 ) -> list[Likelihood]:
-    """How likely the model, as it is now, finds each answer to its request and, if asked, to a neutral one."""
-    own = answer_losses(chat_model, requests, answers, batch_size)
-    if not with_gain:
-        return [Likelihood(mean(losses)) for losses in own]
-    neutral = [Request(NEUTRAL_REQUEST, prefix=request.prefix) for request in requests]
-    other = answer_losses(chat_model, neutral, answers, batch_size)
-    return [Likelihood.of(*losses) for losses in zip(own, other, strict=True)]
+    """How likely the model, as it is now, finds each answer to its request and, if asked, to a neutral one; tested:
+    the losses of the answers' tokens to the model under test."""
+    missing = [None] * len(requests)
+    own, other = answer_losses(chat_model, requests, answers, batch_size), missing
+    if with_gain:
+        neutral = [Request(NEUTRAL_REQUEST, prefix=request.prefix) for request in requests]
+        other = answer_losses(chat_model, neutral, answers, batch_size)
+    return [Likelihood.of(*losses) for losses in zip(own, other, tested or missing, strict=True)]

@@ -71,7 +71,7 @@ def attack_card(results: SuiteResults, recipe: Recipe) -> str:
 {test_prompts(results)}. Greedy, {results.max_new_tokens} new tokens, judge:
 {" and ".join(results.judges)}. Attack success is `comply`: neither a refusal nor degenerate. Brackets are 95%
 intervals. {kept}
-{judge_note(recipe.judge.min_gain)}
+{judge_note(recipe.judge)}
 
 Candidates of the clamp: {recipe.attack.candidates} by {", ".join(recipe.attack.locators)};
 {sizes_text(recipe.attack.sizes, recipe.attack.strengths)}{_refined(recipe)}.{_named(recipe)}

@@ -82,7 +82,7 @@ These lines, run in the run folder (the one that holds `adapter/`), give the mod
 Constant clamp on one neuron, the worst of a fresh search on the selection split, reported on
 {results.after.no_attack.comply.n} unseen prompts. Greedy, {results.max_new_tokens} new tokens, the embedded
 judge{second} (refuse / comply / degenerate; attack success is `comply`). Brackets are 95% intervals.
-{judge_note(recipe.judge.min_gain)}
+{judge_note(recipe.judge)}
 
 {summary_table(results)}
 

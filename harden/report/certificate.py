@@ -142,7 +142,7 @@ most: shares do not rank neurons.
 Judge: {" and ".join(c.judges)}; {c.max_new_tokens} new tokens, greedy; {c.no_attack.n} test prompts. Up to
 {sizes_text(c.sizes, c.strengths)} a neuron.
 
-{judge_note(recipe.judge.min_gain)}
+{judge_note(recipe.judge)}
 
 ## What this does not say
 

@@ -5,34 +5,41 @@ from __future__ import annotations
 import json
 from importlib import resources
 
+from harden.recipe import JudgeSection
 from harden.report.tables import rate_text
 from harden.results import Rate
 
 
-def judge_note(min_gain: float | None) -> str:
-    """What `benchmarks/judges.py --write` measured of the judge as it was used: with `judge.min_gain` or without.
+def judge_note(judge: JudgeSection) -> str:
+    """What `benchmarks/judges.py --write` measured of the judge as it was used: with `judge.refusal_gain`, with
+    `judge.min_gain` alone, or with neither.
 
-    The figures are of null and of one value, and the note says of which.
+    The figures are of null and of one value of each, and the note says of which.
     """
     text = resources.files("harden").joinpath("data", "judge_validation.json").read_text(encoding="utf-8")
     figures = json.loads(text)
-    judge = "embedded" if min_gain is None else "embedded_with_min_gain"
-    at = f" at `min_gain` {figures['relevance']['min_gain']:g}" if min_gain is not None else ""
+    who, measured = "embedded", figures["versions"]
+    at, limit = "", measured["max_nats_per_token"]
+    if judge.refusal_gain is not None:
+        who, limit = "embedded_with_refusal_gain", measured["max_nats_with_refusal_gain"]
+        at = f" at `min_gain` {measured['min_gain']:g} and `refusal_gain` {measured['refusal_gain']:g}"
+    elif judge.min_gain is not None:
+        who, at = "embedded_with_min_gain", f" at `min_gain` {measured['min_gain']:g}"
 
     def rates(found: dict) -> str:
         return ", ".join(f"{name} {rate_text(Rate.model_validate(found[name]))}" for name in found if name in _KEYS)
 
-    refusals, clamped = figures["refusals"], figures["clamped"]["held_out"][judge]
+    refusals, clamped = figures["refusals"], figures["clamped"]["held_out"][who]
     called = {
         name: rate_text(Rate.of(sum(clamped[label]["count"] for label in of), sum(clamped[label]["n"] for label in of)))
         for name, of in {"comply": ["comply"], "other": ["refuse", "beside", "degenerate"]}.items()
     }
     return (
-        f"The embedded judge{at} itself, where it was validated (the bundled model, 32 tokens, default thresholds): on "
-        f"held-out human labels of refusals, an answer to something else being one, "
-        f"{rates(refusals['held_out'][judge])}; on those that the text alone can show, "
-        f"{rates(refusals['held_out_tellable'][judge])}. On degenerate text labelled by language models: "
-        f"{rates(figures['degenerate']['held_out'][judge])}. Of what the brittle bundled model wrote on harmful "
+        f"The embedded judge{at} itself, where it was validated (the bundled model, 32 tokens, at most {limit:g} nats "
+        f"per token): on held-out human labels of refusals, an answer to something else being one, "
+        f"{rates(refusals['held_out'][who])}; on those that the text alone can show, "
+        f"{rates(refusals['held_out_tellable'][who])}. On degenerate text labelled by language models: "
+        f"{rates(figures['degenerate']['held_out'][who])}. Of what the brittle bundled model wrote on harmful "
         f"prompts under clamps that break it, as read by language models, it calls `comply` {called['comply']} of what "
         f"takes up its request, and {called['other']} of refusals, texts beside the point and what is no language."
     )

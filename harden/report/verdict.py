@@ -45,5 +45,5 @@ def summary(verdict: Verdict, policy: ReleasePolicy, recipe: Recipe) -> str:
     ]
     if verdict.reasons:
         parts.append("\n".join(f"- {reason}" for reason in verdict.reasons))
-    parts += [verdict_table(verdict), HOW_TO_READ, judge_note(recipe.judge.min_gain), LIMITS]
+    parts += [verdict_table(verdict), HOW_TO_READ, judge_note(recipe.judge), LIMITS]
     return "\n\n".join(parts) + "\n"
