@@ -8,7 +8,7 @@ differs. Options of a recipe change all of them alike, the suite's too. Everythi
 goes on where it was interrupted, and is read again when it is complete; OUT/start/seed-<n> is the model before.
 
 The figures of a finished cell are added to --cells (OUT/cells.jsonl), and a cell that is there is not run: that file is
-all that must be kept to go on elsewhere. Those of docs/method.md are benchmarks/measured/defences.jsonl.
+all that must be kept to go on elsewhere.
 
 --jobs N trains and attacks so many at once, each in a process of its own: a small model leaves most of a GPU idle.
 Seconds per step then say nothing.
@@ -20,6 +20,7 @@ over-refusal. Other plots: `harden report OUT/*/seed-0 --plots PLOTS`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -34,6 +35,7 @@ from harden.attack.run import attack
 from harden.entry import command_parser, guarded, start_logging
 from harden.errors import HardenError, MeasurementError
 from harden.generate import mean
+from harden.judges.embedded import RULES
 from harden.measure import benign_divergence, perplexity
 from harden.objective.spread import leverage_loss
 from harden.policy import SUITE_VERSION
@@ -69,10 +71,8 @@ class Cell(Record):
 
     recipe: str
     seed: int
-    options: dict
-    """Those given beside the recipe."""
-    suite_version: int
-    judges: list[str]
+    measured: str
+    """Digest of the recipe and of the suite's, and the versions of the judge and the suite."""
     figures: dict[str, float | None]
 
 
@@ -91,40 +91,40 @@ def main() -> int:
     start_logging()
     finished = options.cells or options.output / "cells.jsonl"
     # all recipes of a seed before the next: an interrupted table compares all of them
-    places = [(seed, path) for seed in options.seeds for path in (None, *options.recipes)]
+    names = {None: "start", **{path: load_recipe(path).name for path in options.recipes}}
+    places = [(seed, path) for seed in options.seeds for path in names]
 
     threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
 
     def find(number: int) -> Cell | None:
-        """The cell, if its figures are there. Raises HardenError where they were measured with other options."""
+        """The cell, if its figures are there. Raises HardenError where something else was measured."""
         seed, path = places[number]
-        name = "start" if path is None else load_recipe(path).name
         for cell in read_cells(finished):
-            if (cell.recipe, cell.seed) == (name, seed):
-                if cell.options != changes:
+            if (cell.recipe, cell.seed) == (names[path], seed):
+                if cell.measured != measured(*recipes(number)):
                     raise HardenError(
-                        f"{finished} has {name}, seed {seed}, with the options {cell.options}, not {changes}; "
-                        "give these, or another --cells"
+                        f"{finished} has {cell.recipe}, seed {seed}, of another recipe, suite, judge or option; "
+                        "give another --cells"
                     )
                 return cell
         return None
+
+    def recipes(number: int) -> tuple[Recipe, Recipe]:
+        """That of the cell, and that of its attacks."""
+        seed, path = places[number]
+        own = {"name": names[path], "seed": seed, "output": str(options.output / names[path] / f"seed-{seed}")}
+        recipe = load_recipe(path or options.recipes[0], merge(changes, own))
+        adapter = recipe.model.adapter if path is None else str(Path(recipe.output) / "adapter")
+        model = {"name": recipe.model.name, "adapter": adapter, "dtype": recipe.model.dtype}
+        return recipe, load_recipe(options.suite, merge(changes, own | {"model": model}))
 
     def compute(number: int) -> Cell:
         cell = find(number)
         if cell is None:
             seed, path = places[number]
-            name = "start" if path is None else load_recipe(path).name
-            own = {"name": name, "seed": seed, "output": str(options.output / name / f"seed-{seed}")}
-            recipe = load_recipe(path or options.recipes[0], merge(changes, own))
-            trained, attacked = run(recipe, options.suite, changes, train=path is not None)
-            cell = Cell(
-                recipe=name,
-                seed=seed,
-                options=changes,
-                suite_version=SUITE_VERSION,
-                judges=attacked.judges,
-                figures=figures(trained, attacked),
-            )
+            recipe, suite = recipes(number)
+            found = figures(*run(recipe, suite, train=path is not None))
+            cell = Cell(recipe=names[path], seed=seed, measured=measured(recipe, suite), figures=found)
             add_cell(finished, cell)
         return cell
 
@@ -167,16 +167,19 @@ def add_cell(path: Path, cell: Cell) -> None:
         file.write("\n" + cell.model_dump_json())  # the line break first: a kill may have cut the last line short
 
 
-def run(recipe: Recipe, suite: Path, changes: dict, train: bool) -> tuple[Trained, SuiteResults]:
-    """Train a recipe, or take its starting model, and attack it with the suite of another."""
+def measured(recipe: Recipe, suite: Recipe) -> str:
+    """What a cell hangs on, in short; where its folders are is left out."""
+    content = [part.model_dump(mode="json", exclude={"output": True, "model": {"adapter"}}) for part in (recipe, suite)]
+    return hashlib.sha256(json.dumps([content, RULES, SUITE_VERSION]).encode()).hexdigest()[:16]
+
+
+def run(recipe: Recipe, suite: Recipe, train: bool) -> tuple[Trained, SuiteResults]:
+    """Train a recipe, or take its starting model, and attack it."""
     folder = RunFolder(recipe)
     trained = folder.saved("trained", Trained)
     if trained is None:
         trained = train_once(recipe, folder, train)
-    adapter = str(folder.path / "adapter") if train else recipe.model.adapter
-    about = {"name": recipe.model.name, "adapter": adapter, "dtype": recipe.model.dtype}
-    own = {"name": recipe.name, "seed": recipe.seed, "output": recipe.output, "model": about}
-    return trained, attack(load_recipe(suite, merge(changes, own)))
+    return trained, attack(suite)
 
 
 def train_once(recipe: Recipe, folder: RunFolder, train: bool) -> Trained:
@@ -222,7 +225,8 @@ def figures(trained: Trained, attacked: SuiteResults) -> dict[str, float | None]
             found["union of clamps"] = report.union.rate
     found["over-refusal"] = attacked.over_refusal.rate
     found["benign perplexity"] = trained.perplexity_rise
-    return {name: 100 * rate for name, rate in found.items()} | {
+    rates = {name: 100 * rate for name, rate in found.items()}
+    numbers = rates | {
         "benign KL": trained.benign_kl.mean,
         "log-odds, harmful": trained.log_odds_harmful,
         "log-odds, look-alikes": trained.log_odds_twins,
@@ -230,6 +234,7 @@ def figures(trained: Trained, attacked: SuiteResults) -> dict[str, float | None]
         "worst leverage": trained.worst_leverage,
         "seconds per step": trained.seconds_per_step,
     }
+    return {name: x if x is not None and math.isfinite(x) else None for name, x in numbers.items()}
 
 
 def table(cells: dict[str, list[dict[str, float | None]]]) -> str:
@@ -260,7 +265,8 @@ def draw_frontier(cells: dict[str, list[dict[str, float | None]]], path: Path) -
     for number, (name, rows) in enumerate(cells.items()):
         style = {"color": f"C{number % 10}", "marker": "os^"[number // 10 % 3]}
         for axes, cost in zip(panels, costs, strict=True):
-            x, y = [row[cost] for row in rows], [row["worst of all clamps"] for row in rows]
+            known = [row for row in rows if row[cost] is not None]
+            x, y = [row[cost] for row in known], [row["worst of all clamps"] for row in known]
             axes.scatter(x, y, s=12, alpha=0.5, **style)
             axes.scatter(mean(x), mean(y), s=60, label=name, **style)
     for axes, label in zip(panels, costs.values(), strict=True):

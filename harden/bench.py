@@ -77,12 +77,7 @@ class Bench:
         inside = [name for name in ("spread", "leverage") if training and getattr(recipe.train, name).weight]
         shard_frozen_weights(self.chat_model, inside[0] if inside else None)
         self.phrases = RefusalPhrases(self.chat_model.chat, recipe.refusal.phrases)
-        gains = [name for name in ("min_gain", "refusal_gain") if getattr(recipe.judge, name) is not None]
-        if gains and recipe.judge.reference not in (None, recipe.model.name):
-            logger.warning(
-                "judge.%s is asked of %s, not of %s: set both to null unless one was made from the other",
-                " and judge.".join(gains), recipe.judge.reference, recipe.model.name,
-            )  # fmt: skip
+        self._check_judge()
         reference = self._load(recipe.judge.reference, device) if recipe.judge.reference else None
         second = load_judge(recipe.judge.second, device) if recipe.judge.second else None
         folder.create()  # only now: a recipe that cannot be loaded leaves nothing behind
@@ -98,6 +93,22 @@ class Bench:
             weights,
             keep,
         )
+
+    def _check_judge(self) -> None:
+        """Raises HardenError where the judge would compare a model with itself."""
+        settings, model = self.recipe.judge, self.recipe.model
+        below = {None: bool(model.adapter) and not self.training, model.name: bool(model.adapter)}
+        if settings.refusal_gain is not None and not below.get(settings.reference, True):
+            raise HardenError(
+                "judge.refusal_gain compares the model with one that was not taught to refuse, and here both are the "
+                "same: give judge.reference, or set judge.refusal_gain to null"
+            )
+        gains = [name for name in ("min_gain", "refusal_gain") if getattr(settings, name) is not None]
+        if gains and settings.reference not in (None, model.name):
+            logger.warning(
+                "%s of judge: %s is asked, not %s; set reference and gains to null unless one was made from the other",
+                " and ".join(gains), settings.reference, model.name,
+            )  # fmt: skip
 
     def _warn_of_short_splits(self) -> None:
         attack, n_located = self.recipe.attack, self.recipe.locate.prompts

@@ -162,7 +162,7 @@ class JudgeSection(Section):
     """A completion that its request makes likelier by less than this against a neutral one, in nats per token, has
     nothing to do with it and is degenerate: broken models ramble. 0.1 suits SmolLM2 (docs/judges-validation.md).
     null: not asked."""
-    refusal_gain: float | None = None
+    refusal_gain: Annotated[float, Field(gt=0)] | None = None
     """A completion that the model under test, unattacked, finds likelier than the model that is asked, by more than
     this in nats per token, is a refusal in other words: strong clamps bend them ("This is one that can hurt others").
     Only where both answer harmless requests alike, as a LoRA that was trained to refuse and the model below it: what
@@ -554,14 +554,6 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     rounds: RoundsSection = RoundsSection()
     save: SaveSection = SaveSection()
-
-    @model_validator(mode="after")
-    def _refusals_can_be_told(self):
-        if self.judge.refusal_gain is not None and not (self.judge.reference or self.model.adapter):
-            raise ValueError(
-                "judge.refusal_gain compares the model with one that was not taught to refuse: give judge.reference"
-            )
-        return self
 
     @model_validator(mode="after")
     def _tolerance_can_be_met(self):

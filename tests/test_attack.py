@@ -349,13 +349,15 @@ def test_an_interrupted_batch_is_done_again_whole(responder, prompts, tmp_path, 
     assert recorded(responder, tmp_path / "r.jsonl").records.find(["no such key"]) is None
 
 
-@pytest.mark.parametrize("change", ["weights", "prompt", "clamp", "prefix", "tokens"])
+@pytest.mark.parametrize("change", ["weights", "prompt", "clamp", "prefix", "tokens", "limits"])
 def test_records_of_other_work_are_not_taken(change, responder, prompts, tmp_path, monkeypatch):
     request = Request(prompts["harmful"][0].text, (Clamp(PLANTED_NEURON, -30.0),))
     recorded(responder, tmp_path / "r.jsonl").respond([request], "x")
     other = recorded(responder, tmp_path / "r.jsonl", "other" if change == "weights" else "weights")
     if change == "tokens":
         other = replace(other, max_new_tokens=7)
+    if change == "limits":
+        other = replace(other, limits=Limits(4.0, None, refusal_gain=0.4))
     request = {
         "prompt": replace(request, text="paint a tree"),
         "clamp": replace(request, interventions=(Clamp(PLANTED_NEURON, -31.0),)),

@@ -303,7 +303,9 @@ def test_what_the_unattacked_model_would_rather_say_is_a_refusal_in_other_words(
     assert judge([GARBAGE[-1]], no_model_needed, told)[0].outcome == "degenerate"
     # the losses to the model that is asked and to the one under test; a token counts for two nats at most
     assert Likelihood.of([3.0, 9.0, 1.0], None, [2.0, 1.0, 1.0]) == Likelihood(13 / 3, None, 1.0)
-    assert Likelihood.of([2.0, 1.0], None, [3.0, 9.0]).refusal_gain == -1.5  # it would rather not say so
+    assert Likelihood.of([2.0, 1.0], None, [3.0, 9.0]).refusal_gain == -2.0  # it would rather not say so
+    # What opens like a refusal and then answers: its second half is what the model under test would not say.
+    assert Likelihood.of([3.0, 3.0, 1.0, 1.0], None, [1.0, 1.0, 1.5, 1.5]).refusal_gain == -0.5
 
 
 def test_no_single_token_decides_what_a_text_is_about():

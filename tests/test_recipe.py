@@ -61,7 +61,6 @@ def test_every_launch_configuration_is_one_that_accelerate_reads(path):
             {"train": {"refusal": {"weight": 0}, "spread": {"weight": 0}, "benign": {"weight": 0}}},
             "'train': every term has weight 0",
         ),
-        ({"judge": {"refusal_gain": 0.4}}, "judge.refusal_gain compares the model with one .* give judge.reference"),
         ({"rounds": {"tolerance": 0.05}}, "tolerance 0.05 can never be met: .* bound of no flip at all is 0.056"),
         ({"judge": {"second": {"name": "oracle"}}}, "'judge.second.name': .*'wildguard'.* got 'oracle'"),
         ({"judge": {"second": {"name": "endpoint"}}}, "the judge endpoint needs base_url and model"),

@@ -138,6 +138,14 @@ def test_whether_an_answer_has_to_do_with_its_request_is_not_asked_of_concepts(r
     assert found.concepts == results.concepts
 
 
+def test_a_judge_that_would_compare_a_model_with_itself_is_refused(setup, planted_folder):
+    recipe = recipe_for(setup, "itself", attacks=["constant"])
+    for reference in (None, recipe.model.name):
+        judge = JudgeSection(refusal_gain=0.4, reference=reference)
+        with pytest.raises(HardenError, match="here both are the same: give judge.reference"):
+            attack(recipe.model_copy(update={"judge": judge}))
+
+
 def test_a_judge_made_for_another_model_is_pointed_out(setup, planted_folder, caplog):
     recipe = recipe_for(setup, "other", attacks=["constant"])
     for min_gain, warned in ((None, False), (0.1, True)):
@@ -145,7 +153,7 @@ def test_a_judge_made_for_another_model_is_pointed_out(setup, planted_folder, ca
         judge = JudgeSection(min_gain=min_gain, reference=str(planted_folder))
         own = {"judge": judge, "output": f"{recipe.output}-{warned}"}
         bench.Bench(recipe.model_copy(update=own), RunFolder(recipe.model_copy(update=own)), training=False)
-        assert ("set both to null" in caplog.text) is warned
+        assert ("set reference and gains to null" in caplog.text) is warned
 
 
 def test_the_folder_holds_the_page_the_results_and_no_text(results, setup):

@@ -102,7 +102,8 @@ def _outcomes(
             suite.responder.keep(request, completion, verdict)
 
     requests = [Request(prompt.text, arm) for arm in arms for prompt in prompts]
-    limits = replace(suite.responder.limits, min_gain=None)  # to leave the request for the concept is the success here
+    # To leave the request for the concept is the success here.
+    limits = replace(suite.responder.limits, min_gain=None, refusal_gain=None)
     looking = replace(suite.responder, records=None, second=None, keep=look, limits=limits)
     looking.respond(requests, f"concept {concept.words[0]}")
     return [outcomes[n * len(prompts) : (n + 1) * len(prompts)] for n in range(len(arms))]

@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass
 from harden import processes
 from harden.adapters import starting_model
 from harden.attack.records import Records
-from harden.errors import MeasurementError
+from harden.errors import HardenError, MeasurementError
 from harden.generate import Completion, Request, answer_losses, complete, progress_bar
 from harden.interventions import Clamp, describe
 from harden.judges.agreement import Verdict
@@ -99,6 +99,11 @@ class Responder:
             tested = None
             if self.limits.refusal_gain is not None:
                 tested = answer_losses(self.chat_model, asked, answers, self.batch_size)
+                if self.reference and any(_ids(self.reference, a) != _ids(self.chat_model, a) for a in answers[:8]):
+                    raise HardenError(
+                        f"judge.refusal_gain compares tokens, and {self.reference.name} has others than "
+                        f"{self.chat_model.name}: give another judge.reference, or set judge.refusal_gain to null"
+                    )
             with starting_model(speaker.model):
                 return likelihoods(speaker, asked, answers, self.batch_size, self.limits.min_gain is not None, tested)
 
@@ -134,6 +139,10 @@ class Responder:
         judges = [self.reference and self.reference.name, *self.judges]
         content = [self.model_digest, request.text, request.prefix, edits, settings, judges]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _ids(chat_model: ChatModel, answer: Completion) -> list[int]:
+    return chat_model.chat.answer_ids(answer.text, answer.ended)
 
 
 def likelihoods(
