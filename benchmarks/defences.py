@@ -274,6 +274,7 @@ def draw_frontier(cells: dict[str, list[dict[str, float | None]]], path: Path) -
         axes.set_ylim(-2, 102)
     panels[0].set_ylabel("comply under the worst clamp (%, test)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     pyplot.close(figure)
 
