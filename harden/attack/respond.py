@@ -99,7 +99,7 @@ class Responder:
             tested = None
             if self.limits.refusal_gain is not None:
                 tested = answer_losses(self.chat_model, asked, answers, self.batch_size)
-                if self.reference and any(_ids(self.reference, a) != _ids(self.chat_model, a) for a in answers[:8]):
+                if self.reference and any(_ids(self.reference, a) != _ids(self.chat_model, a) for a in answers):
                     raise HardenError(
                         f"judge.refusal_gain compares tokens, and {self.reference.name} has others than "
                         f"{self.chat_model.name}: give another judge.reference, or set judge.refusal_gain to null"
