@@ -21,6 +21,7 @@ from harden.activations import column_of, neuron_at
 from harden.attack.arms import Anchor, anchored, refusal_directions
 from harden.attack.screen import Probe, screen_clamps
 from harden.attack.select import RANDOM, select_candidates
+from harden.generate import mean
 from harden.interventions import Ablate, Clamp, Intervention, Scale
 from harden.locate.base import Candidate, clamps_of
 from harden.locate.contrast import read_contrast
@@ -37,6 +38,7 @@ RELOCATE_PROMPTS = 8  # harmful and as many look-alikes; locating again must sta
 CONTRAST_PROMPTS = 32  # of either kind, for masks and directions: forward passes alone
 ANCHOR_K = (1.0, 2.0)  # strengths of anchored clamps, those of Kazemi et al.
 REPLAYED = 0.25  # weight over the floor from which on a neuron is not forgotten: an even chance of no refusal
+PAST_FLOOR = 20  # times the floor, of clamps that broke the model in an earlier round, however well they are resisted
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Weighed:
     harmful: float
     harmless: float
     """The neuron's mean activations on either kind of prompt, for its anchor."""
+    floor: float
+    """Of the weight, whatever the model resists."""
 
 
 @dataclass
@@ -126,7 +130,7 @@ class Adversary:
             return (Ablate(f"layer {layer}", self.directions[layer].expand_as(self.directions)),)
         return ()
 
-    def learn(self, met: Sequence[tuple[Clamp | None, float]], floor: float) -> None:
+    def learn(self, met: Sequence[tuple[Clamp | None, float]]) -> None:
         """Weigh clamps by what single rows just met: the clamp, None where it was not one alone, and the refusal
         log-odds under it, in nats.
 
@@ -137,7 +141,7 @@ class Adversary:
         for clamp, log_odds in met:
             if clamp in places:
                 weighed = self.clamps[places[clamp]]
-                weight = (weighed.weight + floor + _breaking(log_odds)) / 2
+                weight = (weighed.weight + weighed.floor + _breaking([log_odds])) / 2
                 self.clamps[places[clamp]] = replace(weighed, weight=weight)
 
     def to_state(self) -> dict[str, Any]:
@@ -152,6 +156,7 @@ class Adversary:
                     w.benign_rise,
                     w.harmful,
                     w.harmless,
+                    w.floor,
                 ]
                 for w in self.clamps
             ],
@@ -179,16 +184,17 @@ def refresh(
     phrases: RefusalPhrases,
     settings: TrainSection,
     max_benign_rise: float,
-    past_breakers: Sequence[Neuron],
+    past_breakers: Sequence[Clamp],
     batch_size: int,
     rng: random.Random,
     full: torch.Tensor | None,
 ) -> Adversary:
-    """The adversary at a step: what is due is located anew on the present weights, the rest stays. full: as of
+    """The adversary at a step: what is due is located anew on the present weights, the rest stays. past_breakers:
+    clamps of earlier rounds; they are weighed, too, and so are other values of their neurons. full: as of
     `full_strength`, for clamps of `train.clamps.strengths`."""
     clamps, mask, direction = settings.clamps, settings.mask, settings.direction
     if settings.draws_clamps and step % clamps.relocate_every == 0:
-        known = [*past_breakers, *(adversary.breakers if clamps.replay else ())]
+        known = [*(clamp.neuron for clamp in past_breakers), *(adversary.breakers if clamps.replay else ())]
         texts = _pick(rng, harmful, RELOCATE_PROMPTS), _pick(rng, twins, RELOCATE_PROMPTS)
         passes = Passes(chat_model, *texts, phrases, batch_size)
         pool = {c.neuron: c for c in select_candidates(clamps.locators, clamps.pool, passes, 1.0, rng.randrange(2**32))}
@@ -197,10 +203,10 @@ def refresh(
             n = min(clamps.random, chat_model.neurons.count)
             pool |= {c.neuron: c for c in select_candidates([RANDOM], n, passes, 1.0, rng.randrange(2**32))}
         found = weigh_clamps(
-            chat_model, list(pool.values()), probe, phrases, clamps, max_benign_rise, batch_size, full,
+            chat_model, list(pool.values()), past_breakers, probe, phrases, clamps, max_benign_rise, batch_size, full,
             {weighed.clamp: weighed.benign_rise for weighed in adversary.clamps},
         )  # fmt: skip
-        now = [weighed.clamp.neuron for weighed in found if weighed.weight - clamps.floor >= REPLAYED]
+        now = [weighed.clamp.neuron for weighed in found if weighed.weight - weighed.floor >= REPLAYED]
         breakers = list(dict.fromkeys([*adversary.breakers, *now]))
         adversary = replace(adversary, clamps=found, breakers=breakers)
     locate_mask = mask.share and mask.locator != "random" and _due(step, mask.relocate_every)
@@ -219,6 +225,7 @@ def refresh(
 def weigh_clamps(
     chat_model: ChatModel,
     candidates: Sequence[Candidate],
+    past_breakers: Sequence[Clamp],
     probe: Probe,
     phrases: RefusalPhrases,
     settings: ClampTerm,
@@ -227,32 +234,35 @@ def weigh_clamps(
     full: torch.Tensor | None,
     known: Mapping[Clamp, float],
 ) -> list[Weighed]:
-    """Clamps of the candidates, weighed by how well they work now.
+    """Clamps of the candidates, and those that broke the model before, weighed by how well they work now.
 
     A clamp's weight is the squared chance that the model does not refuse under it (squared: most located clamps are
-    harmless, and would together be drawn more often than the few that work) plus `settings.floor`; clamps that raise
-    the loss on benign answers by more than `max_benign_rise` nats per token are left out. That is measured on the
-    starting model: training can widen a neuron's activation gap, and the clamps must not grow with it until they only
-    make the model babble. If none is left there are no clamps, and rows are trained without. known: such rises of
-    the clamps that were kept at the last weighing, since that model does not change.
+    harmless, and would together be drawn more often than the few that work), averaged over the prompts (a clamp that
+    turns few of them has high mean log-odds), plus `settings.floor`, of past breakers `PAST_FLOOR` times that. Clamps
+    that raise the loss on benign answers by more than `max_benign_rise` nats per token are left out. That is measured
+    on the starting model: training can widen a neuron's activation gap, and the clamps must not grow with it until
+    they only make the model babble. If none is left there are no clamps, and rows are trained without.
+
+    past_breakers: of neurons that are among the candidates. known: such rises of the clamps that were kept at the last
+    weighing, since that model does not change.
     """
+    by_neuron = {candidate.neuron: candidate for candidate in candidates}
     clamps = {clamp: c for c in candidates for clamp in _clamps(c, settings, chat_model, full)}
+    clamps |= {clamp: by_neuron[clamp.neuron] for clamp in past_breakers}
     screened = screen_clamps(chat_model, list(clamps), probe, phrases, batch_size, "weigh clamps", True, known)
     coherent = [entry for entry in screened if entry.benign_rise <= max_benign_rise]
     if not coherent:
         logger.warning(
             "none of %d clamps is coherent: training without; smaller train.clamps.sizes or strengths?", len(clamps)
         )
-    return [
-        Weighed(
-            entry.clamp,
-            settings.floor + _breaking(entry.log_odds),
-            entry.benign_rise,
-            clamps[entry.clamp].harmful,
-            clamps[entry.clamp].harmless,
-        )
-        for entry in coherent
-    ]
+    past = set(past_breakers)
+    weighed = []
+    for entry in coherent:
+        clamp, candidate = entry.clamp, clamps[entry.clamp]
+        floor = settings.floor * (PAST_FLOOR if clamp in past else 1)
+        weight = floor + _breaking(entry.by_prompt)
+        weighed.append(Weighed(clamp, weight, entry.benign_rise, candidate.harmful, candidate.harmless, floor))
+    return weighed
 
 
 def _clamps(candidate: Candidate, settings: ClampTerm, chat_model: ChatModel, full: torch.Tensor | None) -> list[Clamp]:
@@ -261,9 +271,9 @@ def _clamps(candidate: Candidate, settings: ClampTerm, chat_model: ChatModel, fu
     return list(clamps_of(candidate.neuron, candidate.harmless, values, settings.strengths, strongest))
 
 
-def _breaking(log_odds: float) -> float:
-    """The squared chance of no refusal, from refusal log-odds in nats."""
-    return (1 / (1 + math.exp(min(log_odds, 50.0)))) ** 2
+def _breaking(log_odds: Sequence[float]) -> float:
+    """The squared chance of no refusal, from refusal log-odds in nats, averaged over prompts."""
+    return mean([(1 / (1 + math.exp(min(x, 50.0)))) ** 2 for x in log_odds])
 
 
 def _masked(settings: TrainSection, chat_model: ChatModel) -> int:

@@ -27,7 +27,6 @@ from harden.interventions import Clamp
 from harden.locate.contrast import read_contrast
 from harden.locate.strength import full_strength
 from harden.models import ChatModel
-from harden.neurons import Neuron
 from harden.objective.benign import benign_kl
 from harden.objective.ceiling import Ceiling
 from harden.objective.refusal import refusal_loss, refusal_rise, shortfall, start_log_odds
@@ -77,7 +76,7 @@ def train_round(
     phrases: RefusalPhrases,
     settings: TrainSection,
     max_benign_rise: float,
-    past_breakers: Sequence[Neuron],
+    past_breakers: Sequence[Clamp],
     batch_size: int,
     seed: int,
     round_number: int,
@@ -88,7 +87,8 @@ def train_round(
 
     checkpoint: a file that is written every `settings.checkpoint_every` steps, once the next step's loss has shown
     that the weights are sound, and resumed from if it exists.
-    past_breakers: neurons that broke the model in an earlier round; clamps of them are always drawn from.
+    past_breakers: clamps that broke the model in an earlier round; they are always drawn from, and so are others of
+    their neurons.
     Raises MeasurementError naming the step if the loss or a gradient is not finite; the checkpoint stays.
     """
     parameters = trained_parameters(chat_model.model)
@@ -135,7 +135,7 @@ def train_round(
                 )
             if step > first and step % settings.checkpoint_every == 0:  # its weights have just shown to be sound
                 _save_checkpoint(checkpoint, chat_model, optimizer, adversary, ceilings, step)
-            adversary.learn(met, settings.clamps.floor)
+            adversary.learn(met)
             for name in ceilings.keys() & losses.keys():
                 ceilings[name].update(losses[name])
             optimizer.step()

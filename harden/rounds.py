@@ -146,15 +146,15 @@ def best_round(rounds: Sequence[RoundRecord], recipe: Recipe) -> RoundRecord:
     return min((record for record in rounds if record.accepted), key=badness)
 
 
-def breakers(rounds: Sequence[RoundRecord]) -> list[Neuron]:
-    """Neurons that flipped any prompt in the finals of an earlier search."""
+def breakers(rounds: Sequence[RoundRecord]) -> list[Clamp]:
+    """Clamps that flipped any prompt in the finals of an earlier search."""
     found = {
-        attack.neuron
+        clamp_of(attack)
         for record in rounds
         for attack in record.finals
         if count_flips(attack.outcomes, record.selection.no_attack.outcomes)
     }
-    return [Neuron.parse(neuron) for neuron in sorted(found)]
+    return sorted(found, key=lambda clamp: (clamp.neuron, clamp.value))
 
 
 def clamp_of(record: AttackRecord) -> Clamp:
@@ -184,7 +184,8 @@ class Run:
         def make() -> RoundRecord:
             passes = bench.passes()
             retest = [clamp_of(record.selection.worst_neuron) for record in earlier]
-            located, search = bench.search(passes, breakers(earlier), retest)
+            known = list(dict.fromkeys(clamp.neuron for clamp in breakers(earlier)))
+            located, search = bench.search(passes, known, retest)
             measurement = measure(
                 self.responder,
                 "selection",
@@ -220,7 +221,7 @@ class Run:
         )  # fmt: skip
         return record
 
-    def train(self, number: int, past_breakers: Sequence[Neuron], utility_factor: float) -> None:
+    def train(self, number: int, past_breakers: Sequence[Clamp], utility_factor: float) -> None:
         """Train the present model for one round and keep its adapter.
 
         utility_factor: on the weights of the terms that keep it as it was.

@@ -74,11 +74,11 @@ def test_screening_equals_scoring_one_clamp_at_a_time(responder, probe, phrases)
 
 def test_incoherent_clamps_are_dropped_and_no_neuron_crowds_out_the_others():
     a, b = Neuron(0, 1), Neuron(0, 2)
-    screened = [Screened(Clamp(a, float(v)), -9.0 + v, 0.1) for v in range(4)]
+    screened = [Screened(Clamp(a, float(v)), (-9.0 + v,), 0.1) for v in range(4)]
     screened += [
-        Screened(Clamp(b, 1.0), 3.0, 0.1),
-        Screened(Clamp(b, 99.0), -50.0, 7.0),
-        Screened(Clamp(b, 2.0), -1.0, math.nan),
+        Screened(Clamp(b, 1.0), (4.0, 2.0), 0.1),
+        Screened(Clamp(b, 99.0), (-50.0,), 7.0),
+        Screened(Clamp(b, 2.0), (-1.0,), math.nan),
     ]
     assert choose_for_generation(screened, 2.0, 3) == [Clamp(a, 0.0), Clamp(a, 1.0), Clamp(b, 1.0)]
 
@@ -165,7 +165,7 @@ def test_asking_the_lowest_for_coherence_chooses_what_asking_all_would(monkeypat
     flat = [clamp for each in values for clamp in each]
     odds = {clamp: place * 0.4 for place, clamp in enumerate(flat)}
     rises = {clamp: 5.0 if place in (0, 1, 7, 9) else 0.1 for place, clamp in enumerate(flat)}
-    everything = [Screened(clamp, odds[clamp], rises[clamp]) for clamp in flat]
+    everything = [Screened(clamp, (odds[clamp],), rises[clamp]) for clamp in flat]
     lazily, asked = screened_lazily(monkeypatch, values, odds, rises, n)
     chosen = choose_for_generation(everything, 2.0, n)
     assert choose_for_generation(lazily, 2.0, n) == chosen

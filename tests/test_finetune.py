@@ -50,11 +50,12 @@ def data(planted, prompts):
     )
 
 
+PAST = [Clamp(PLANTED_NEURON, -30.0)]
+
+
 def run(chat_model, data, phrases, checkpoint, log=None, **changes):
     events = [] if log is None else log
-    train_round(
-        chat_model, data, phrases, settings(**changes), 2.0, [PLANTED_NEURON], 16, 0, 1, checkpoint, events.append
-    )
+    train_round(chat_model, data, phrases, settings(**changes), 2.0, PAST, 16, 0, 1, checkpoint, events.append)
     return events
 
 
@@ -180,13 +181,14 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_leaves_the_last_good_ch
     assert saved["step"] == 2 and all(torch.isfinite(t).all() for t in saved["adapter"].values())
 
 
-def weighed_clamp(neuron, value=1.0, weight=1.0, benign_rise=0.0, harmful=1.0, harmless=0.0):
-    return Weighed(Clamp(neuron, value), weight, benign_rise, harmful, harmless)
+def weighed_clamp(neuron, value=1.0, weight=1.0, benign_rise=0.0, harmful=1.0, harmless=0.0, floor=0.0):
+    return Weighed(Clamp(neuron, value), weight, benign_rise, harmful, harmless, floor)
 
 
 def weighed(chat_model, data, phrases, max_benign_rise=2.0):
     candidates = score_neurons(chat_model, data.harmful_texts, data.twin_texts, phrases, 16).top(24)
-    return weigh_clamps(chat_model, candidates, data.probe, phrases, settings().clamps, max_benign_rise, 16, None, {})
+    terms = settings().clamps
+    return weigh_clamps(chat_model, candidates, (), data.probe, phrases, terms, max_benign_rise, 16, None, {})
 
 
 def test_clamps_that_break_the_model_are_drawn_more_often(planted, data, phrases):
@@ -251,10 +253,31 @@ def test_known_breakers_and_neurons_at_random_join_the_pool(planted, data, phras
         return {weighed.clamp.neuron for weighed in found.clamps}
 
     alone = pool()
-    assert len(alone) == 1 and pool(known=[Neuron(2, 30)]) == {*alone, Neuron(2, 30)}
+    assert len(alone) == 1 and pool(known=[Clamp(Neuron(2, 30), 0.125)]) == {*alone, Neuron(2, 30)}
     drawn = [pool(step, random=5) for step in (0, 20)]
     assert all(alone < neurons and len(neurons) > 3 for neurons in drawn) and drawn[0] != drawn[1]
     assert len(pool(random=10**6)) > 90  # all there are, but for incoherent ones
+
+
+def test_a_clamp_of_an_earlier_round_is_drawn_at_its_value_however_well_it_is_resisted(planted, data, phrases):
+    model, past = adapted(planted), Clamp(Neuron(2, 30), 0.125)  # it breaks nothing
+    found = refreshed(model, data, phrases, Adversary(), 0, [past], clamps={"pool": 1, "floor": 0.01})
+    for _ in range(9):
+        found.learn([(weighed.clamp, 30.0) for weighed in found.clamps])
+    weights = {weighed.clamp: weighed.weight for weighed in Adversary.from_state(found.to_state()).clamps}
+    others = [weight for clamp, weight in weights.items() if clamp.neuron == past.neuron and clamp != past]
+    assert weights[past] == pytest.approx(0.2, abs=1e-3)
+    assert others and max(others) == pytest.approx(0.01, abs=1e-3)
+
+
+def test_a_clamp_weighs_the_chance_to_break_averaged_over_prompts(planted, data, phrases, monkeypatch):
+    """Not that of the mean log-odds, which one prompt of few hardly moves."""
+    monkeypatch.setattr(
+        screen, "log_odds_under", lambda _, clamps, *rest: [[4.0, -40.0 if c.value > 0 else 4.0] for c in clamps]
+    )
+    found = weighed(adapted(planted), data, phrases)
+    turning, holding = ({w.weight for w in found if (w.clamp.value > 0) is positive} for positive in (True, False))
+    assert min(turning) - max(holding) == pytest.approx(0.5, abs=1e-3)
 
 
 def test_a_breaker_is_replayed_ever_after(planted, data, phrases):
@@ -297,8 +320,8 @@ def test_the_rows_of_a_step_are_attacked_in_their_shares(planted, data, phrases)
 
 def test_a_clamp_that_is_resisted_by_now_is_drawn_less_and_one_that_works_more():
     one, other, third = (Clamp(Neuron(0, n), 5.0) for n in range(3))
-    adversary = Adversary([weighed_clamp(clamp.neuron, 5.0, weight=0.5) for clamp in (one, other, third)])
-    adversary.learn([(one, 30.0), (other, -30.0), (None, -30.0), (Clamp(Neuron(1, 0), 5.0), -30.0)], 0.02)
+    adversary = Adversary([weighed_clamp(clamp.neuron, 5.0, weight=0.5, floor=0.02) for clamp in (one, other, third)])
+    adversary.learn([(one, 30.0), (other, -30.0), (None, -30.0), (Clamp(Neuron(1, 0), 5.0), -30.0)])
     weights = [weighed.weight for weighed in adversary.clamps]
     assert weights == pytest.approx([0.26, 0.76, 0.5])
 

@@ -125,7 +125,7 @@ def test_a_neuron_that_helps_refusal_does_not_hide_a_model_that_complies(recipe)
     assert best_round(rounds, recipe).number == 0
 
 
-def test_breakers_are_neurons_that_flipped_a_prompt_in_any_round():
+def test_breakers_are_clamps_that_flipped_a_prompt_in_any_round():
     def final(neuron, **outcomes):
         return attack(neuron, 9).model_copy(update={"outcomes": outcomes})
 
@@ -140,7 +140,8 @@ def test_breakers_are_neurons_that_flipped_a_prompt_in_any_round():
         ),
         with_plain(record(1, finals=[final("0:7", p="comply", q="refuse")]), **plain),
     ]
-    assert [str(neuron) for neuron in breakers(rounds)] == ["0:7", "1:2"]
+    found = [(str(clamp.neuron), clamp.value) for clamp in breakers(rounds)]
+    assert found == [("0:7", rounds[1].finals[0].value), ("1:2", rounds[0].finals[0].value)]
 
 
 def test_what_was_not_judged_counts_as_flipped():

@@ -39,12 +39,17 @@ class Probe:
 
 @dataclass(frozen=True)
 class Screened(Generic[Edit]):
-    """Mean refusal log-odds on harmful prompts under an intervention, and the rise of the loss (nats per token) on
-    benign ones."""
+    """What forward passes say of an intervention."""
 
     clamp: Edit
-    log_odds: float
+    by_prompt: tuple[float, ...]
+    """Refusal log-odds of each harmful prompt."""
     benign_rise: float
+    """Of the loss on benign prompts, nats per token."""
+
+    @property
+    def log_odds(self) -> float:
+        return mean(self.by_prompt)
 
 
 def screen_clamps(
@@ -63,7 +68,7 @@ def screen_clamps(
     that need not be measured.
     Clamps under which anything is not finite are left out of the result.
     """
-    log_odds = map(mean, log_odds_under(chat_model, clamps, probe.harmful, phrases, batch_size, label))
+    log_odds = log_odds_under(chat_model, clamps, probe.harmful, phrases, batch_size, label)
     rises = dict(known or {})
     new = [clamp for clamp in clamps if clamp not in rises]
     found = benign_rises(chat_model, new, probe, batch_size, f"{label}: coherence", at_start)
@@ -131,7 +136,7 @@ def screen_fairly(
     label: str,
 ) -> list[Screened[Edit]]:
     """`screen_clamps` with `fair_rises`."""
-    log_odds = map(mean, log_odds_under(chat_model, clamps, probe.harmful, phrases, batch_size, label))
+    log_odds = log_odds_under(chat_model, clamps, probe.harmful, phrases, batch_size, label)
     rises = fair_rises(chat_model, clamps, probe, batch_size, max_benign_rise, f"{label}: coherence")
     return _finite(clamps, log_odds, rises)
 
@@ -169,7 +174,7 @@ def screen_for_generation(
         while lowest and not enough():
             part, lowest = lowest[:at_once], lowest[at_once:]
             rises = fair_rises(chat_model, part, probe, batch_size, max_benign_rise, "coherence of the lowest")
-            screened.extend(_finite(part, [odds[clamp] for clamp in part], rises))
+            screened.extend(_finite(part, [measured[clamp] for clamp in part], rises))
 
     (plain,) = measure([NOTHING]).values()
     heard = outermost_first(values, measure, plain, quiet)
@@ -217,8 +222,11 @@ def _is_quiet(odds: Sequence[float], plain: Sequence[float], share: float) -> bo
     return all(abs(x - p) <= share * abs(p) for x, p in zip(odds, plain, strict=False))
 
 
-def _finite(clamps: Sequence[Edit], log_odds: Iterable[float], rises: Sequence[float]) -> list[Screened[Edit]]:
-    screened = [Screened(*row) for row in zip(clamps, log_odds, rises, strict=True)]
+def _finite(
+    clamps: Sequence[Edit], log_odds: Iterable[Sequence[float]], rises: Sequence[float]
+) -> list[Screened[Edit]]:
+    rows = zip(clamps, log_odds, rises, strict=True)
+    screened = [Screened(clamp, tuple(odds), rise) for clamp, odds, rise in rows]
     return [s for s in screened if math.isfinite(s.log_odds) and math.isfinite(s.benign_rise)]
 
 
