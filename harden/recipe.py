@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -31,6 +32,8 @@ def _address(value: Any) -> Any:
 def _clamp(value: Any) -> Any:
     if not re.fullmatch(r"\d+:\d+=[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", str(value)):
         raise ValueError(f"'{value}' is no clamp; write layer:index=value, for example '24:623=-30.5'")
+    if not math.isfinite(float(value.partition("=")[2])):
+        raise ValueError(f"the value of '{value}' is too large")
     return value
 
 
@@ -596,7 +599,10 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def read_overrides(arguments: list[str], program: str) -> dict[str, Any]:
-    """Parse `--train.learning_rate 1e-4 ...` into nested dicts. `--help` lists every key and exits 0."""
+    """Parse `--train.learning_rate 1e-4 ...` into nested dicts. `--help` lists every key and exits 0.
+
+    Items of a list may be quoted as in YAML: `--attack.neurons "['24:623']"`.
+    """
 
     class Overrides(BaseSettings):
         model_config = SettingsConfigDict(
@@ -610,6 +616,8 @@ def read_overrides(arguments: list[str], program: str) -> dict[str, Any]:
         )
         __annotations__ = {name: field.annotation for name, field in Recipe.model_fields.items()}
 
+    lists = re.compile(r"(--[\w.-]+=)?\[.*\]")
+    arguments = [re.sub(r"'([^'\"]*)'", r'"\1"', text) if lists.fullmatch(text) else text for text in arguments]
     try:
         return CliSettingsSource(Overrides, cli_parse_args=arguments, cli_exit_on_error=False)()
     except SettingsError as error:

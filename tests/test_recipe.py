@@ -99,6 +99,18 @@ def test_overrides_win_over_the_file_and_are_typed(tmp_path):
     assert recipe.save.merged is True and recipe.rounds.max == 7 and recipe.rounds.tolerance == 0.3
 
 
+@pytest.mark.parametrize("items", ["['1:20', '3:4']", '["1:20", "3:4"]', "[1:20, 3:4]"])
+def test_items_of_a_list_are_quoted_or_not(items):
+    for arguments in (["--attack.neurons", items], [f"--attack.neurons={items}"]):
+        assert read_overrides(arguments, "test") == {"attack": {"neurons": ["1:20", "3:4"]}}
+
+
+@pytest.mark.parametrize("clamp", ["1:2", "1:2=big", "1:2=1e400"])
+def test_a_clamp_without_a_finite_value_is_refused(tmp_path, clamp):
+    with pytest.raises(HardenError, match="'attack.clamps.*'1:2"):
+        load_recipe(write(tmp_path, {**MINIMAL, "attack": {"clamps": [clamp]}}))
+
+
 def test_null_on_the_command_line_is_none(tmp_path):
     path = write(tmp_path, {**MINIMAL, "model": {"name": "x", "adapter": "some/adapter"}})
     assert load_recipe(path, read_overrides(["--model.adapter", "null"], "test")).model.adapter is None
