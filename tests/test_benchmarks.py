@@ -1,0 +1,54 @@
+"""The parts of benchmarks/ that keep what was measured."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from harden.errors import HardenError
+
+
+@pytest.fixture
+def defences(monkeypatch, tmp_path):
+    """benchmarks/defences.py as a function of options, whose cells are not computed but counted."""
+    spec = importlib.util.spec_from_file_location("defences", Path(__file__).parents[1] / "benchmarks/defences.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "defences", module)
+    spec.loader.exec_module(module)
+    computed = []
+    monkeypatch.setattr(module, "run", lambda recipe, suite, train: (computed.append((recipe, suite, train)), None))
+    monkeypatch.setattr(module, "figures", lambda *_: {"no attack": float(len(computed))})
+
+    def main(*options):
+        monkeypatch.setattr(sys, "argv", ["defences.py", "--output", str(tmp_path / "out"), *options])
+        computed.clear()
+        module.main()
+        return list(computed)
+
+    main.cells = lambda: module.read_cells(tmp_path / "out/cells.jsonl")
+    return main
+
+
+def test_a_finished_cell_is_not_computed_again(defences):
+    ((recipe, suite, train),) = defences("--seeds", "3", "--cell", "0")
+    assert not train and recipe.name == "start" and recipe.seed == suite.seed == 3
+    assert suite.model.adapter == recipe.model.adapter
+    ((recipe, suite, train),) = defences("--seeds", "3", "--cell", "1")
+    assert train and suite.model.adapter == f"{recipe.output}/adapter"
+    assert not defences("--seeds", "3", "--cell", "1")
+    assert [(cell.recipe, cell.seed) for cell in defences.cells()] == [("start", 3), (recipe.name, 3)]
+
+
+def test_a_cell_of_other_settings_is_refused(defences):
+    defences("--seeds", "3", "--cell", "1")
+    with pytest.raises(HardenError, match="seed 3, of another recipe, suite, judge or option; give another --cells"):
+        defences("--seeds", "3", "--cell", "1", "--train.steps", "2")
+
+
+def test_a_line_that_was_cut_short_is_computed_again(defences, tmp_path):
+    defences("--seeds", "3", "--cell", "0")
+    file = tmp_path / "out/cells.jsonl"
+    file.write_text(file.read_text()[:-9])
+    assert len(defences("--seeds", "3", "--cell", "0")) == 1
+    assert [cell.recipe for cell in defences.cells()] == ["start"]
