@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 RELOCATE_PROMPTS = 8  # harmful and as many look-alikes; locating again must stay cheap beside the steps
 CONTRAST_PROMPTS = 32  # of either kind, for masks and directions: forward passes alone
 ANCHOR_K = (1.0, 2.0)  # strengths of anchored clamps, those of Kazemi et al.
-REPLAYED = 0.25  # weight over the floor from which on a neuron is not forgotten: an even chance of no refusal
-PAST_FLOOR = 20  # times the floor, of clamps that broke the model in an earlier round, however well they are resisted
+REPLAYED = 0.25  # weight over the floor from which on a neuron is not forgotten: an even chance of no refusal, say
+PAST_FLOOR = 0.1  # least weight of a clamp that broke the model in an earlier round, however well it is resisted
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def weigh_clamps(
 
     A clamp's weight is the squared chance that the model does not refuse under it (squared: most located clamps are
     harmless, and would together be drawn more often than the few that work), averaged over the prompts (a clamp that
-    turns few of them has high mean log-odds), plus `settings.floor`, of past breakers `PAST_FLOOR` times that. Clamps
+    turns few of them has high mean log-odds), plus `settings.floor`, of past breakers at least `PAST_FLOOR`. Clamps
     that raise the loss on benign answers by more than `max_benign_rise` nats per token are left out. That is measured
     on the starting model: training can widen a neuron's activation gap, and the clamps must not grow with it until
     they only make the model babble. If none is left there are no clamps, and rows are trained without.
@@ -259,7 +259,7 @@ def weigh_clamps(
     weighed = []
     for entry in coherent:
         clamp, candidate = entry.clamp, clamps[entry.clamp]
-        floor = settings.floor * (PAST_FLOOR if clamp in past else 1)
+        floor = max(settings.floor, PAST_FLOOR) if clamp in past else settings.floor
         weight = floor + _breaking(entry.by_prompt)
         weighed.append(Weighed(clamp, weight, entry.benign_rise, candidate.harmful, candidate.harmless, floor))
     return weighed

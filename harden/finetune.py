@@ -87,8 +87,8 @@ def train_round(
 
     checkpoint: a file that is written every `settings.checkpoint_every` steps, once the next step's loss has shown
     that the weights are sound, and resumed from if it exists.
-    past_breakers: clamps that broke the model in an earlier round; they are always drawn from, and so are others of
-    their neurons.
+    past_breakers: clamps that broke the model in an earlier round; they stay among those that are drawn from, and so do
+    others of their neurons, as long as the starting model is coherent under them.
     Raises MeasurementError naming the step if the loss or a gradient is not finite; the checkpoint stays.
     """
     parameters = trained_parameters(chat_model.model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -13,6 +12,8 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 
 from harden.errors import HardenError
 from harden.schema import Section, merge, nearest_key, read_mapping, validated
+
+LARGEST_FLOAT = 3.4e38  # of float32
 
 
 def _not_zero(value: float) -> float:
@@ -32,7 +33,7 @@ def _address(value: Any) -> Any:
 def _clamp(value: Any) -> Any:
     if not re.fullmatch(r"\d+:\d+=[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", str(value)):
         raise ValueError(f"'{value}' is no clamp; write layer:index=value, for example '24:623=-30.5'")
-    if not math.isfinite(float(value.partition("=")[2])):
+    if abs(float(value.partition("=")[2])) > LARGEST_FLOAT:
         raise ValueError(f"the value of '{value}' is too large")
     return value
 
@@ -303,7 +304,8 @@ class ClampTerm(Section):
     locators: Annotated[tuple[Locator, ...], Field(min_length=1)] = ("gradient",)
     """What scores neurons, on 8 prompts of either kind each time; they take turns. `tail` and `exact` are too dear."""
     pool: Positive = 24
-    """Best-scored neurons that clamps are drawn from, beside those that broke the model in earlier rounds."""
+    """Best-scored neurons that clamps are drawn from, beside those that broke the model in earlier rounds, which are
+    clamped to the values that did, too."""
     sizes: Annotated[tuple[NonZero, ...], Field(min_length=1)] = (4, 8, 16)
     """In activation gaps beyond the harmless mean; negative ones have the other sign."""
     strengths: Strengths = ()
@@ -311,7 +313,8 @@ class ClampTerm(Section):
     relocate_every: Positive = 20
     """Steps after which neurons are located and clamps are weighed again."""
     floor: Weight = 0.02
-    """Least sampling weight of a coherent clamp beside those that break the model now."""
+    """Least sampling weight of a coherent clamp beside those that break the model now; of one that broke it in an
+    earlier round it is at least 0.1."""
     groups: Share = 0.0
     """Share of the draws that clamp several neurons at once, whose rises of the benign loss together are at most
     `attack.max_benign_rise`."""
@@ -616,8 +619,8 @@ def read_overrides(arguments: list[str], program: str) -> dict[str, Any]:
         )
         __annotations__ = {name: field.annotation for name, field in Recipe.model_fields.items()}
 
-    lists = re.compile(r"(--[\w.-]+=)?\[.*\]")
-    arguments = [re.sub(r"'([^'\"]*)'", r'"\1"', text) if lists.fullmatch(text) else text for text in arguments]
+    quoted = re.compile(r"(?<=[\[,])(\s*)'([^'\"]*)'(?=\s*[,\]])")  # an item of a list, whole
+    arguments = [text if '"' in text else quoted.sub(r'\1"\2"', text) for text in arguments]
     try:
         return CliSettingsSource(Overrides, cli_parse_args=arguments, cli_exit_on_error=False)()
     except SettingsError as error:

@@ -271,9 +271,9 @@ def test_a_clamp_of_an_earlier_round_is_drawn_at_its_value_however_well_it_is_re
 
 
 def test_a_clamp_weighs_the_chance_to_break_averaged_over_prompts(planted, data, phrases, monkeypatch):
-    """Not that of the mean log-odds, which one prompt of few hardly moves."""
+    """Not that of the mean log-odds, which is high where one prompt of two is refused very surely."""
     monkeypatch.setattr(
-        screen, "log_odds_under", lambda _, clamps, *rest: [[4.0, -40.0 if c.value > 0 else 4.0] for c in clamps]
+        screen, "log_odds_under", lambda _, clamps, *rest: [[40.0, -10.0 if c.value > 0 else 40.0] for c in clamps]
     )
     found = weighed(adapted(planted), data, phrases)
     turning, holding = ({w.weight for w in found if (w.clamp.value > 0) is positive} for positive in (True, False))

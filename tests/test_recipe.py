@@ -105,7 +105,12 @@ def test_items_of_a_list_are_quoted_or_not(items):
         assert read_overrides(arguments, "test") == {"attack": {"neurons": ["1:20", "3:4"]}}
 
 
-@pytest.mark.parametrize("clamp", ["1:2", "1:2=big", "1:2=1e400"])
+@pytest.mark.parametrize("items", ["[I can't, I won't]", '["I can\'t", "I won\'t"]'])
+def test_apostrophes_are_no_quotes(items):
+    assert read_overrides(["--refusal.phrases", items], "test") == {"refusal": {"phrases": ["I can't", "I won't"]}}
+
+
+@pytest.mark.parametrize("clamp", ["1:2", "1:2=big", "1:2=1e400", "1:2=-1e39"])
 def test_a_clamp_without_a_finite_value_is_refused(tmp_path, clamp):
     with pytest.raises(HardenError, match="'attack.clamps.*'1:2"):
         load_recipe(write(tmp_path, {**MINIMAL, "attack": {"clamps": [clamp]}}))
