@@ -266,7 +266,7 @@ def test_a_clamp_of_an_earlier_round_is_drawn_at_its_value_however_well_it_is_re
         found.learn([(weighed.clamp, 30.0) for weighed in found.clamps])
     weights = {weighed.clamp: weighed.weight for weighed in Adversary.from_state(found.to_state()).clamps}
     others = [weight for clamp, weight in weights.items() if clamp.neuron == past.neuron and clamp != past]
-    assert weights[past] == pytest.approx(0.2, abs=1e-3)
+    assert weights[past] == pytest.approx(0.1, abs=1e-3)
     assert others and max(others) == pytest.approx(0.01, abs=1e-3)
 
 
