@@ -270,6 +270,12 @@ def test_a_clamp_of_an_earlier_round_is_drawn_at_its_value_however_well_it_is_re
     assert others and max(others) == pytest.approx(0.01, abs=1e-3)
 
 
+def test_a_clamp_of_an_earlier_round_is_left_out_where_the_start_only_babbles_under_it(planted, data, phrases):
+    model, past = adapted(planted), Clamp(PLANTED_NEURON, -1e4)
+    drawn = {weighed.clamp for weighed in refreshed(model, data, phrases, Adversary(), 0, [past]).clamps}
+    assert past not in drawn and PLANTED_NEURON in {clamp.neuron for clamp in drawn}
+
+
 def test_a_clamp_weighs_the_chance_to_break_averaged_over_prompts(planted, data, phrases, monkeypatch):
     """Not that of the mean log-odds, which is high where one prompt of two is refused very surely."""
     monkeypatch.setattr(
