@@ -37,9 +37,9 @@ from harden.schema import merge
 
 PLAIN = "plain"
 OFF = {
-    **{name: {"weight": 0} for name in ("spread", "leverage", "twins", "margin")},
+    **{name: {"weight": 0} for name in ("spread", "leverage", "twins", "margin", "fail_closed")},
     **{name: {"share": 0} for name in ("clamps", "mask", "direction")},
-    "benign": {"texts": 0},
+    "benign": {"texts": 0, "clamped": 0},
 }
 MARGIN = {"weight": 0.2, "target": 8, "rows": None, "attacked": False}
 
@@ -52,7 +52,7 @@ def ways(recipe: Recipe) -> dict[str, dict]:
     return {
         PLAIN: {},
         "refusal, benign KL": off,
-        "and requests alone": {**off, "benign": {"texts": 4}},
+        "and requests alone": {**off, "benign": {"texts": 4, "clamped": 0}},
         "and a hinge on twins": {**off, "twins": {"weight": 0.05, "rows": None}},
         "and a margin": {**off, "margin": MARGIN},
         "and clamps": {**off, "clamps": {}},
