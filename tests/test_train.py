@@ -103,7 +103,7 @@ def test_the_certificate_of_a_hardened_model_lists_what_is_planted_in_it(finishe
     neuron, unused = Neuron(2, 5), START - 1
     shutil.copytree(hardened, planted)
     weights = load_file(hardened / "model.safetensors")
-    weights["lm_head.weight"][vocabulary()[REFUSAL.split()[0]], unused] = -8.0
+    weights["lm_head.weight"][vocabulary()[REFUSAL.split()[0]], unused] = -1.0
     weights["model.layers.2.mlp.down_proj.weight"][unused, neuron.index] = 1.0
     save_file(weights, planted / "model.safetensors", {"format": "pt"})
     small = {"sample": None, "layers": [2], "sizes": [-200, 200], "prompts": 4, "test_prompts": 10}
