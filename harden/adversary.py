@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 RELOCATE_PROMPTS = 8  # harmful and as many look-alikes; locating again must stay cheap beside the steps
 CONTRAST_PROMPTS = 32  # of either kind, for masks and directions: forward passes alone
 ANCHOR_K = (1.0, 2.0)  # strengths of anchored clamps, those of Kazemi et al.
-REPLAYED = 0.25  # weight over the floor from which on a neuron is not forgotten: an even chance of no refusal, say
+REPLAYED = 0.25  # weight over the floor from which on a neuron is not forgotten: the chance of no refusal, squared
 PAST_FLOOR = 0.1  # least weight of a clamp that broke the model in an earlier round, however well it is resisted
 
 
