@@ -3,9 +3,10 @@
     python benchmarks/defences.py --output OUT [--recipes RECIPE.yaml ...] [--seeds 0 1 2] [--suite RECIPE.yaml] \\
         [--jobs 1] [--cells FILE.jsonl] [--train.steps 34 ...]
 
-One round of training per recipe and seed, of as many steps; no search precedes it, so that nothing but the training
-differs. Options of a recipe change all of them alike, the suite's too. Everything is a run folder OUT/<name>/seed-<n>,
-goes on where it was interrupted, and is read again when it is complete; OUT/start/seed-<n> is the model before.
+One round of training per recipe and seed, of as many steps. Recipes that train under clamps are told which clamps broke
+the model before, as in a run of theirs: those that flipped a selection prompt in the suite's attack on it. Options of a
+recipe change all of them alike, the suite's too. Everything is a run folder OUT/<name>/seed-<n>, goes on where it was
+interrupted, and is read again when it is complete; OUT/start/seed-<n> is the model before.
 
 The figures of a finished cell are added to --cells (OUT/cells.jsonl), and a cell that is there is not run: that file is
 all that must be kept to go on elsewhere.
@@ -32,11 +33,13 @@ from pathlib import Path
 
 from harden.adapters import starting_model
 from harden.attack.run import attack
+from harden.attack.search import Search
 from harden.entry import command_parser, guarded, start_logging
 from harden.errors import HardenError, MeasurementError
 from harden.generate import mean
+from harden.interventions import Clamp
 from harden.judges.embedded import RULES
-from harden.measure import benign_divergence, perplexity
+from harden.measure import benign_divergence, count_flips, perplexity
 from harden.objective.spread import leverage_loss
 from harden.policy import SUITE_VERSION
 from harden.recipe import Recipe, load_recipe, read_overrides
@@ -72,8 +75,10 @@ class Cell(Record):
     recipe: str
     seed: int
     measured: str
-    """Digest of the recipe and of the suite's, and the versions of the judge and the suite."""
+    """Digest of the recipe, the suite's, what training was told, and the versions of the judge and the suite."""
     figures: dict[str, float | None]
+    breakers: tuple[str, ...] = ()
+    """Of the starting model: clamps that flip selection prompts."""
 
 
 def main() -> int:
@@ -101,7 +106,7 @@ def main() -> int:
         seed, path = places[number]
         for cell in read_cells(finished):
             if (cell.recipe, cell.seed) == (names[path], seed):
-                if cell.measured != measured(*recipes(number)):
+                if cell.measured != measured(*recipes(number), told(number)):
                     raise HardenError(
                         f"{finished} has {cell.recipe}, seed {seed}, of another recipe, suite, judge or option; "
                         "give another --cells"
@@ -118,13 +123,31 @@ def main() -> int:
         model = {"name": recipe.model.name, "adapter": adapter, "dtype": recipe.model.dtype}
         return recipe, load_recipe(options.suite, merge(changes, own | {"model": model}))
 
+    def told(number: int) -> Sequence[str] | None:
+        """What broke the model before, for a recipe that trains against it; None for the model before."""
+        seed, path = places[number]
+        if path is None:
+            return None
+        if not recipes(number)[0].train.clamps.share:
+            return ()
+        start = places.index((seed, None))
+        cell = find(start)
+        if cell is None:
+            raise HardenError(f"cell {number} trains against what broke the model before: run --cell {start} first")
+        return cell.breakers
+
     def compute(number: int) -> Cell:
         cell = find(number)
         if cell is None:
-            seed, path = places[number]
-            recipe, suite = recipes(number)
-            found = figures(*run(recipe, suite, train=path is not None))
-            cell = Cell(recipe=names[path], seed=seed, measured=measured(recipe, suite), figures=found)
+            (seed, path), (recipe, suite), known = places[number], recipes(number), told(number)
+            trained, attacked = run(recipe, suite, known)
+            cell = Cell(
+                recipe=names[path],
+                seed=seed,
+                measured=measured(recipe, suite, known),
+                figures=figures(trained, attacked),
+                breakers=tuple(what_broke(suite)) if path is None else (),
+            )
             add_cell(finished, cell)
         return cell
 
@@ -142,6 +165,7 @@ def main() -> int:
         return 0
     cells: dict[str, list[dict[str, float | None]]] = {}
     with ThreadPoolExecutor(max(1, options.jobs)) as pool:
+        list(pool.map(ready, (number for number, (_, path) in enumerate(places) if path is None)))
         for number in pool.map(ready, range(len(places))):
             cell = compute(number)
             cells.setdefault(cell.recipe, []).append(cell.figures)
@@ -167,26 +191,34 @@ def add_cell(path: Path, cell: Cell) -> None:
         file.write("\n" + cell.model_dump_json())  # the line break first: a kill may have cut the last line short
 
 
-def measured(recipe: Recipe, suite: Recipe) -> str:
+def measured(recipe: Recipe, suite: Recipe, told: Sequence[str] | None) -> str:
     """What a cell hangs on, in short; where its folders are is left out."""
     content = [part.model_dump(mode="json", exclude={"output": True, "model": {"adapter"}}) for part in (recipe, suite)]
-    return hashlib.sha256(json.dumps([content, RULES, SUITE_VERSION]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([content, told or (), RULES, SUITE_VERSION]).encode()).hexdigest()[:16]
 
 
-def run(recipe: Recipe, suite: Recipe, train: bool) -> tuple[Trained, SuiteResults]:
-    """Train a recipe, or take its starting model, and attack it."""
+def what_broke(suite: Recipe) -> list[str]:
+    """The clamps that flip any selection prompt in the finals of the suite's search, when it has run."""
+    search = RunFolder(suite, "attack").saved("search", Search)
+    plain = search.no_attack.outcomes
+    found = {attempt.clamp for attempt in search.finals if count_flips(attempt.outcomes, plain)}
+    return [f"{clamp.neuron}={clamp.value!r}" for clamp in sorted(found, key=lambda clamp: (clamp.neuron, clamp.value))]
+
+
+def run(recipe: Recipe, suite: Recipe, told: Sequence[str] | None) -> tuple[Trained, SuiteResults]:
+    """Train a recipe, told what broke the model before, and attack it. told: None for the model before, as it is."""
     folder = RunFolder(recipe)
     trained = folder.saved("trained", Trained)
     if trained is None:
-        trained = train_once(recipe, folder, train)
+        trained = train_once(recipe, folder, told)
     return trained, attack(suite)
 
 
-def train_once(recipe: Recipe, folder: RunFolder, train: bool) -> Trained:
+def train_once(recipe: Recipe, folder: RunFolder, told: Sequence[str] | None) -> Trained:
     """One round of training, the adapter saved, and what it did."""
     run = Run(recipe, folder)
-    if train:
-        run.train(1, [], 1.0)
+    if told is not None:
+        run.train(1, [Clamp.parse(clamp) for clamp in told], 1.0)
         run.save_adapter()
     return folder.stage("trained", Trained, lambda: measure(run))
 

@@ -17,8 +17,10 @@ def defences(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "defences", module)
     spec.loader.exec_module(module)
     computed = []
-    monkeypatch.setattr(module, "run", lambda recipe, suite, train: (computed.append((recipe, suite, train)), None))
-    monkeypatch.setattr(module, "figures", lambda *_: {"no attack": float(len(computed))})
+    monkeypatch.setattr(module, "run", lambda recipe, suite, told: (computed.append((recipe, suite, told)), None))
+    names = ("no attack", "worst of all clamps", "over-refusal", "benign KL")
+    monkeypatch.setattr(module, "figures", lambda *_: dict.fromkeys(names, float(len(computed))))
+    monkeypatch.setattr(module, "what_broke", lambda suite: ["14:1079=-8.75"])
 
     def main(*options):
         monkeypatch.setattr(sys, "argv", ["defences.py", "--output", str(tmp_path / "out"), *options])
@@ -31,16 +33,26 @@ def defences(monkeypatch, tmp_path):
 
 
 def test_a_finished_cell_is_not_computed_again(defences):
-    ((recipe, suite, train),) = defences("--seeds", "3", "--cell", "0")
-    assert not train and recipe.name == "start" and recipe.seed == suite.seed == 3
+    ((recipe, suite, told),) = defences("--seeds", "3", "--cell", "0")
+    assert told is None and recipe.name == "start" and recipe.seed == suite.seed == 3
     assert suite.model.adapter == recipe.model.adapter
-    ((recipe, suite, train),) = defences("--seeds", "3", "--cell", "1")
-    assert train and suite.model.adapter == f"{recipe.output}/adapter"
+    ((recipe, suite, told),) = defences("--seeds", "3", "--cell", "1")
+    assert told is not None and suite.model.adapter == f"{recipe.output}/adapter"
     assert not defences("--seeds", "3", "--cell", "1")
     assert [(cell.recipe, cell.seed) for cell in defences.cells()] == [("start", 3), (recipe.name, 3)]
 
 
+def test_recipes_with_clamps_are_told_what_broke_the_model_before(defences):
+    with pytest.raises(HardenError, match="run --cell 0 first"):
+        defences("--seeds", "3", "--cell", "1")
+    told = {recipe.name: told for recipe, _, told in defences("--seeds", "3")}
+    assert told["smollm2-135m-hardened"] == told["smollm2-135m-clamps-only"] == ("14:1079=-8.75",)
+    assert told["smollm2-135m-sft"] == told["smollm2-135m-dropout"] == ()
+    assert [cell.breakers for cell in defences.cells()] == [("14:1079=-8.75",), *[()] * (len(told) - 1)]
+
+
 def test_a_cell_of_other_settings_is_refused(defences):
+    defences("--seeds", "3", "--cell", "0")
     defences("--seeds", "3", "--cell", "1")
     with pytest.raises(HardenError, match="seed 3, of another recipe, suite, judge or option; give another --cells"):
         defences("--seeds", "3", "--cell", "1", "--train.steps", "2")
