@@ -8,6 +8,8 @@ import pytest
 
 from harden.errors import HardenError
 
+RECIPES = Path(__file__).parents[1] / "recipes/smollm2-135m"
+
 
 @pytest.fixture
 def defences(monkeypatch, tmp_path):
@@ -45,10 +47,9 @@ def test_a_finished_cell_is_not_computed_again(defences):
 def test_recipes_with_clamps_are_told_what_broke_the_model_before(defences):
     with pytest.raises(HardenError, match="run --cell 0 first"):
         defences("--seeds", "3", "--cell", "1")
-    told = {recipe.name: told for recipe, _, told in defences("--seeds", "3")}
-    assert told["smollm2-135m-hardened"] == told["smollm2-135m-clamps-only"] == ("14:1079=-8.75",)
-    assert told["smollm2-135m-sft"] == told["smollm2-135m-dropout"] == ()
-    assert [cell.breakers for cell in defences.cells()] == [("14:1079=-8.75",), *[()] * (len(told) - 1)]
+    recipes = [str(RECIPES / name) for name in ("harden.yaml", "baselines/sft.yaml")]
+    assert [told for *_, told in defences("--seeds", "3", "--recipes", *recipes)] == [None, ("14:1079=-8.75",), ()]
+    assert [cell.breakers for cell in defences.cells()] == [("14:1079=-8.75",), (), ()]
 
 
 def test_a_cell_of_other_settings_is_refused(defences):
