@@ -6,8 +6,8 @@ from pathlib import Path
 
 from harden.recipe import Recipe
 from harden.report.judges import judge_note
-from harden.report.tables import markdown_table, rate_text, sizes_text
-from harden.results import Mean, Measurement, Results, mcnemar
+from harden.report.tables import markdown_table, mean_text, rate_text, sizes_text
+from harden.results import Measurement, Results, mcnemar
 
 BUNDLED_LOADER = "from harden.bundled import resolve\n"
 
@@ -26,11 +26,11 @@ def summary_rows(results: Results) -> list[tuple[str, str, str]]:
         row("its degenerate share", lambda m: rate_text(m.worst_neuron.degenerate)),
         row("prompts that it flips", lambda m: rate_text(m.flipped)),
         row("over-refusal (benign look-alikes)", lambda m: rate_text(m.over_refusal)),
-        row("benign KL, nats per token", lambda m: _mean(m.benign_kl)),
+        row("benign KL, nats per token", lambda m: mean_text(m.benign_kl)),
         row("benign perplexity", lambda m: "–" if m.benign_perplexity is None else f"{m.benign_perplexity:.4g}"),
         row("effective number of neurons", lambda m: f"{m.effective_neurons:.0f}"),
-        row("refusal log-odds, harmful", lambda m: _mean(m.log_odds_harmful)),
-        row("refusal log-odds, look-alikes", lambda m: _mean(m.log_odds_twins)),
+        row("refusal log-odds, harmful", lambda m: mean_text(m.log_odds_harmful)),
+        row("refusal log-odds, look-alikes", lambda m: mean_text(m.log_odds_twins)),
     ]
 
 
@@ -112,7 +112,3 @@ def _source(name: str) -> str:
 def _worst(m: Measurement) -> str:
     attack = m.worst_neuron
     return f"{attack.neuron} clamped to {attack.value:.4g}" if attack.neuron else "none found"
-
-
-def _mean(mean: Mean) -> str:
-    return f"{mean.mean:.3g} [{mean.low:.3g}, {mean.high:.3g}]"

@@ -20,7 +20,7 @@ from harden.report.card import summary_rows, verdict_line
 from harden.report.certificate import statement
 from harden.report.judges import judge_note
 from harden.report.records import RunRecords
-from harden.report.tables import rate_text, sizes_text
+from harden.report.tables import mean_text, rate_text, sizes_text
 from harden.report.verdict import HOW_TO_READ, LIMITS, WORDS, verdict_rows
 from harden.results import ArmRecord, AttackRecord, AttributionRecord, Rate, RoundRecord, SuiteResults
 
@@ -184,8 +184,7 @@ def _models(run: RunRecords, several: bool) -> list[Model]:
         if suite.attribution:
             shown["effective number of neurons"] = f"{suite.attribution.effective_neurons:.0f}"
     if run.gate is not None and run.gate.benign_kl is not None:
-        kl = run.gate.benign_kl
-        shown["benign KL, nats per token"] = f"{kl.mean:.3g} [{kl.low:.3g}, {kl.high:.3g}]"
+        shown["benign KL, nats per token"] = mean_text(run.gate.benign_kl)
     if run.certificate is not None:
         c = run.certificate
         shown["model"] = _model(c.model, c.adapter)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harden.results import Rate
+from harden.results import Mean, Rate
 
 
 def rate_text(rate: Rate) -> str:
     return f"{rate.rate:.1%} [{rate.low:.1%}, {rate.high:.1%}], n={rate.n}"
+
+
+def mean_text(mean: Mean) -> str:
+    """To four decimals: what is beyond them is rounding, as where a model is compared with itself."""
+    return "{:.3g} [{:.3g}, {:.3g}]".format(*(round(x, 4) + 0.0 for x in (mean.mean, mean.low, mean.high)))
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
