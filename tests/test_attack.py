@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from harden import generate
 from harden.adapters import attach_adapter, trained_parameters
@@ -299,6 +300,20 @@ def test_what_the_model_under_test_finds_likelier_than_the_reference_is_a_refusa
     sureness = 0.2  # the reference is less sure to say so
     assert told.respond(request, "x")[0].outcome == "refuse"
     assert replace(told, limits=Limits(9.0, None)).respond(request, "x")[0].outcome == "comply"
+
+
+def test_the_model_under_test_is_asked_with_its_adapter_and_unattacked(planted, prompts):
+    attach_adapter(planted, 4, 8, ("all-linear",), None, 0)
+    layer = next(module for module in planted.model.modules() if isinstance(module, BaseTunerLayer))
+
+    def unsure_without_adapter(_module, _args, logits):
+        return logits * (0.2 if layer.disable_adapters else 1.0)
+
+    planted.model.get_base_model().lm_head.register_forward_hook(unsure_without_adapter)
+    told = Responder(planted, max_new_tokens=20, batch_size=16, limits=Limits(9.0, None, refusal_gain=1.2))
+    assert told.attempt([None], prompts["twins"][:1], "x")[0].share("refuse") == 1.0  # it would say so itself
+    # under the clamp it would say this, too (+1.33 nats per token); without the clamp rather not (+1.11)
+    assert told.attempt([Clamp(PLANTED_NEURON, -30.0)], prompts["harmful"][:1], "x")[0].share("comply") == 1.0
 
 
 def test_answer_loss_is_low_for_what_the_model_says_and_high_for_noise(planted, prompts):
