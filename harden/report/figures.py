@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ INK = "#1f2328"
 COLOURS = {"comply": "#d9541e", "refuse": "#3b7dd8", "degenerate": "#9aa0a6", "unjudged": "#b26fc4"}
 SERIES = ("#8c959f", "#3b7dd8", "#d9541e", "#2f9e69", "#b26fc4", "#c99700")
 WIDTH = 5.6  # inches; legible on a phone, two side by side on a screen
+PANEL_CHARACTERS = 36  # of a title, where two panels stand side by side
+LEGEND_LINE = 0.19  # inches
 STYLE = {
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -104,7 +107,8 @@ def outcomes_by_value(sweeps: Sequence[Sweep]) -> Figure:
     """Refuse / comply / degenerate, stacked, against the value that a neuron is clamped to."""
     figure, axes = _figure(len(sweeps), 2.6, columns=2)
     for each, sweep in zip(axes, sweeps, strict=True):
-        values = sorted(sweep.rates, key=lambda value: (value is not None, value or 0.0))
+        known = [value for value in sweep.rates if value is not None]
+        values = [None] * (None in sweep.rates) + sorted(known, reverse=all(value < 0 for value in known))
         bottom = [0.0] * len(values)
         for kind, colour in COLOURS.items():
             shares = [100 * sweep.rates[value][kind].rate for value in values]
@@ -113,7 +117,7 @@ def outcomes_by_value(sweeps: Sequence[Sweep]) -> Figure:
             bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
         names = ["none" if value is None else f"{value:.3g}" for value in values]
         each.set_xticks(range(len(values)), names, rotation=45 if len(values) > 5 else 0)
-        each.set_title(sweep.label)
+        each.set_title(textwrap.fill(sweep.label, PANEL_CHARACTERS))
         each.set_xlabel("clamped to")
         each.set_ylim(0, 100)
     axes[0].set_ylabel("% of prompts")
@@ -127,13 +131,15 @@ def success_by_k(curves: Mapping[str, Mapping[int, Mapping[str, Rate]]]) -> Figu
     figure, axes = _figure(1, 2.6)
     for place, (model, by_k) in enumerate(curves.items()):
         colour = SERIES[(place + (len(curves) == 1)) % len(SERIES)]
-        prefix = f"{_named(model)}: " if len(curves) > 1 else ""
         ks = sorted(by_k)
         rates = [by_k[k]["comply"] for k in ks]
         axes[0].fill_between(ks, [100 * r.low for r in rates], [100 * r.high for r in rates], color=colour, alpha=0.15)
-        axes[0].plot(ks, [100 * r.rate for r in rates], "o-", color=colour, ms=3, label=f"{prefix}comply")
+        axes[0].plot(ks, [100 * r.rate for r in rates], "o-", color=colour, ms=3,
+                     label=_named(model) if len(curves) > 1 else None)  # fmt: skip
         shares = [100 * by_k[k]["degenerate"].rate for k in ks]
-        axes[0].plot(ks, shares, "x:", color=colour, ms=3, label=f"{prefix}degenerate")
+        axes[0].plot(ks, shares, "x:", color=colour, ms=3)
+    for outcome, line in (("comply", "o-"), ("degenerate", "x:")):
+        axes[0].plot([], [], line, color=INK, ms=3, label=outcome)
     axes[0].set_xscale("log", base=2)
     axes[0].xaxis.set_major_formatter("{x:g}")
     axes[0].set_ylim(0, 100)
@@ -153,7 +159,7 @@ def attribution_map(records: Mapping[str, AttributionRecord]) -> Figure:
         width = max(map(len, record.map))
         cells = [[100 * share for share in row] + [math.nan] * (width - len(row)) for row in record.map]
         image = each.imshow(cells, aspect="auto", cmap="magma", norm=norm, interpolation="nearest", origin="lower")
-        each.set_title(model)
+        each.set_title(textwrap.fill(model, PANEL_CHARACTERS))
         each.set_xlabel("neurons by index")
         each.set_xticks([])
         each.set_ylabel("layer")
@@ -169,7 +175,7 @@ def attribution_spectrum(records: Mapping[str, AttributionRecord]) -> Figure:
     for place, (model, record) in enumerate(records.items()):
         colour = SERIES[(place + (len(records) == 1)) % len(SERIES)]
         ks = sorted(record.top_shares)
-        label = f"{_named(model)} ({record.effective_neurons:.0f} effective)"
+        label = f"{_named(model)}: {record.effective_neurons:.0f} effective neurons"
         axes[0].plot(ks, [100 * record.top_shares[k] for k in ks], "o-", color=colour, ms=3, label=label)
     axes[0].set_xscale("log")
     axes[0].xaxis.set_major_formatter("{x:g}")
@@ -263,4 +269,5 @@ def _legend_above(figure: Figure, axes: Sequence[Axes]) -> None:
             found.setdefault(label, handle)
     if found:
         columns = max(1, min(len(found), 70 // (max(map(len, found)) + 6)))
+        figure.set_figheight(figure.get_figheight() + LEGEND_LINE * (math.ceil(len(found) / columns) - 1))
         figure.legend(list(found.values()), list(found), loc="outside upper left", ncols=columns)
