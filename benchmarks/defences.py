@@ -14,9 +14,10 @@ all that must be kept to go on elsewhere.
 --jobs N trains and attacks so many at once, each in a process of its own: a small model leaves most of a GPU idle.
 Seconds per step then say nothing.
 
-Prints a Markdown table, one row per recipe: the mean over the seeds and, in brackets, the least and the most. All
-figures are of the test split, on the seed's own prompts. Writes OUT/frontier.png: attack success against benign KL and
-over-refusal. Other plots: `harden report OUT/*/seed-0 --plots PLOTS`.
+Prints two Markdown tables, one row per recipe: the mean over the seeds and, in brackets, the least and the most; rates
+and the rise of perplexity in percent, benign KL in nats per token. All figures are of the test split, on the seed's own
+prompts. Writes OUT/frontier.png: attack success against benign KL and over-refusal. Other plots: `harden report
+OUT/*/seed-0 --plots PLOTS`.
 """
 
 from __future__ import annotations
@@ -270,19 +271,27 @@ def figures(trained: Trained, attacked: SuiteResults) -> dict[str, float | None]
 
 
 def table(cells: dict[str, list[dict[str, float | None]]]) -> str:
+    """What attacks bring, and below it what the defence costs and the model is like."""
     columns = list(dict.fromkeys(name for rows in cells.values() for row in rows for name in row))
+    attacks = columns[: columns.index("over-refusal")]
 
     def cell(values: Sequence[float | None]) -> str:
         known = [value for value in values if value is not None]
         if not known:
             return "–"
-        return f"{mean(known):.3g} [{min(known):.3g}, {max(known):.3g}]" if len(known) > 1 else f"{known[0]:.3g}"
+        middle, least, most = (
+            f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}" for x in (mean(known), min(known), max(known))
+        )
+        return f"{middle} [{least}, {most}]" if len(known) > 1 else middle
 
-    body = [
-        (name, str(len(rows)), *(cell([row[c] for row in rows if c in row]) for c in columns))
-        for name, rows in cells.items()
-    ]
-    return markdown_table([("recipe", "seeds", *columns), *body])
+    def part(shown: Sequence[str]) -> str:
+        body = [
+            (name, str(len(rows)), *(cell([row[c] for row in rows if c in row]) for c in shown))
+            for name, rows in cells.items()
+        ]
+        return markdown_table([("recipe", "seeds", *shown), *body])
+
+    return f"{part(attacks)}\n\n{part(columns[len(attacks) :])}"
 
 
 def draw_frontier(cells: dict[str, list[dict[str, float | None]]], path: Path) -> None:
