@@ -195,7 +195,7 @@ class AttackSection(Section):
     )
     """What proposes neurons; they take turns. See docs/attacks.md."""
     candidates: Positive = 4096
-    """Located neurons that are screened. docs/certify.md has what share of the worst are among how many."""
+    """Located neurons that are screened. docs/locators.md has what share of the worst are among how many."""
     neurons: tuple[Address, ...] = ()
     """Addresses ('layer:index', in quotes) of neurons that are attacked besides."""
     clamps: tuple[ClampText, ...] = ()

@@ -24,10 +24,10 @@ from harden.refusal import RefusalPhrases
 
 # Clamp sizes whose larger first-order drop scores a neuron: about those of published clamps (|m/d| 3 to 9), both signs.
 SIZES = (-8.0, 8.0)
-STRENGTH = 0.25  # of the residual stream's norm; docs/certify.md says how strong the clamps are that break SmolLM2
+STRENGTH = 0.25  # of the residual stream's norm; docs/method.md says how strong the clamps are that break SmolLM2
 # What `tail` and `exact`, which pay for every size and prompt, measure a neuron with. Larger sizes: they see overshoot.
 EXACT_SIZES = (-16.0, 16.0)
-EXACT_PROMPTS = 1  # the one that is most easily talked out of refusing: docs/certify.md says what more would find
+EXACT_PROMPTS = 1  # the one that is most easily talked out of refusing: docs/locators.md
 
 Stage = Callable[[str, Callable[[], list[float]]], list[float]]
 """Gives what was saved under a name, or makes it and saves it."""
