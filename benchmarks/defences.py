@@ -6,7 +6,7 @@
 One round of training per recipe and seed, of as many steps. Recipes that train under clamps are told which clamps broke
 the model before, as in a run of theirs: those that flipped a selection prompt in the suite's attack on it. Options of a
 recipe change all of them alike, the suite's too. Everything is a run folder OUT/<name>/seed-<n>, goes on where it was
-interrupted, and is read again when it is complete; OUT/start/seed-<n> is the model before.
+interrupted, and is read again when it is complete; OUT/start/seed-0 is the model before.
 
 The figures of a finished cell are added to --cells (OUT/cells.jsonl), and a cell that is there is not run: that file is
 all that must be kept to go on elsewhere.
@@ -15,8 +15,8 @@ all that must be kept to go on elsewhere.
 Seconds per step then say nothing.
 
 Prints two Markdown tables, one row per recipe: the mean over the seeds and, in brackets, the least and the most; rates
-and the rise of perplexity in percent, benign KL in nats per token. All figures are of the test split, on the seed's own
-prompts. Writes OUT/frontier.png: attack success against benign KL and over-refusal. Other plots: `harden report
+and the rise of perplexity in percent, benign KL in nats per token. All figures are of the test split, the same prompts
+for all seeds. Writes OUT/frontier.png: attack success against benign KL and over-refusal. Other plots: `harden report
 OUT/*/seed-0 --plots PLOTS`.
 """
 
@@ -52,6 +52,7 @@ from harden.runfolder import RunFolder
 from harden.schema import merge
 
 RECIPES = Path(__file__).parents[1] / "recipes/smollm2-135m"
+SEED = 0  # that of the brittle adapter, whose training met its train split: runs of all seeds keep to its test split
 LEVERAGE_SIZES, LEVERAGE_PROMPTS = (-10.0, 10.0), 16
 
 
@@ -96,9 +97,9 @@ def main() -> int:
     changes = read_overrides(rest, parser.prog)
     start_logging()
     finished = options.cells or options.output / "cells.jsonl"
-    # all recipes of a seed before the next: an interrupted table compares all of them
     names = {None: "start", **{path: load_recipe(path).name for path in options.recipes}}
-    places = [(seed, path) for seed in options.seeds for path in names]
+    # all recipes of a seed before the next: an interrupted table compares all of them
+    places = [(SEED, None), *((seed, path) for seed in options.seeds for path in options.recipes)]
 
     threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
 
@@ -118,7 +119,12 @@ def main() -> int:
     def recipes(number: int) -> tuple[Recipe, Recipe]:
         """That of the cell, and that of its attacks."""
         seed, path = places[number]
-        own = {"name": names[path], "seed": seed, "output": str(options.output / names[path] / f"seed-{seed}")}
+        own = {
+            "name": names[path],
+            "seed": seed,
+            "output": str(options.output / names[path] / f"seed-{seed}"),
+            "prompts": {"split_seed": SEED},
+        }
         recipe = load_recipe(path or options.recipes[0], merge(changes, own))
         adapter = recipe.model.adapter if path is None else str(Path(recipe.output) / "adapter")
         model = {"name": recipe.model.name, "adapter": adapter, "dtype": recipe.model.dtype}
@@ -126,16 +132,14 @@ def main() -> int:
 
     def told(number: int) -> Sequence[str] | None:
         """What broke the model before, for a recipe that trains against it; None for the model before."""
-        seed, path = places[number]
-        if path is None:
+        if number == 0:
             return None
         if not recipes(number)[0].train.clamps.share:
             return ()
-        start = places.index((seed, None))
-        cell = find(start)
-        if cell is None:
-            raise HardenError(f"cell {number} trains against what broke the model before: run --cell {start} first")
-        return cell.breakers
+        start = find(0)
+        if start is None:
+            raise HardenError(f"cell {number} trains against what broke the model before: run --cell 0 first")
+        return start.breakers
 
     def compute(number: int) -> Cell:
         cell = find(number)
@@ -147,7 +151,7 @@ def main() -> int:
                 seed=seed,
                 measured=measured(recipe, suite, known),
                 figures=figures(trained, attacked),
-                breakers=tuple(what_broke(suite)) if path is None else (),
+                breakers=() if number else tuple(what_broke(suite)),
             )
             add_cell(finished, cell)
         return cell
@@ -166,7 +170,7 @@ def main() -> int:
         return 0
     cells: dict[str, list[dict[str, float | None]]] = {}
     with ThreadPoolExecutor(max(1, options.jobs)) as pool:
-        list(pool.map(ready, (number for number, (_, path) in enumerate(places) if path is None)))
+        ready(0)
         for number in pool.map(ready, range(len(places))):
             cell = compute(number)
             cells.setdefault(cell.recipe, []).append(cell.figures)

@@ -55,8 +55,7 @@ class Bench:
 
     def __init__(self, recipe: Recipe, folder: RunFolder, training: bool, keep: Keep | None = None):
         self.recipe, self.folder, self.training = recipe, folder, training
-        sources = {kind: getattr(recipe.prompts, kind).model_dump() for kind in ("harmful", "twins", "benign")}
-        self.splits = load_splits(sources, recipe.prompts.train_share, recipe.prompts.selection_share, recipe.seed)
+        self.splits = load_splits(*recipe.division())
         self._warn_of_short_splits()
         self.refusals = [p.text for p in load_prompts("refusals", **recipe.refusal.texts.model_dump())]
         processes.use_all_cores()

@@ -105,6 +105,8 @@ class PromptsSection(Section):
     train_share: Share = 0.5
     selection_share: Share = 0.2
     """What is left after train and selection is the test split."""
+    split_seed: int | None = None
+    """What the prompts are divided by; null: `seed`. With it a run of another seed keeps to the same test prompts."""
 
     @model_validator(mode="after")
     def _test_is_not_empty(self):
@@ -571,6 +573,13 @@ class Recipe(Section):
                 f"upper bound of no flip at all is {least:.3f}; give more prompts, or tolerance 0 to use up the rounds"
             )
         return self
+
+    def division(self) -> tuple[dict[str, dict[str, Any]], float, float, int]:
+        """How the prompts are divided: what `load_splits` takes."""
+        prompts = self.prompts
+        sources = {kind: getattr(prompts, kind).model_dump() for kind in ("harmful", "twins", "benign")}
+        seed = self.seed if prompts.split_seed is None else prompts.split_seed
+        return sources, prompts.train_share, prompts.selection_share, seed
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

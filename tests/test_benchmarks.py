@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from harden.errors import HardenError
+from harden.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes/smollm2-135m"
 
@@ -36,12 +37,13 @@ def defences(monkeypatch, tmp_path):
 
 def test_a_finished_cell_is_not_computed_again(defences):
     ((recipe, suite, told),) = defences("--seeds", "3", "--cell", "0")
-    assert told is None and recipe.name == "start" and recipe.seed == suite.seed == 3
+    assert told is None and recipe.name == "start"
     assert suite.model.adapter == recipe.model.adapter
     ((recipe, suite, told),) = defences("--seeds", "3", "--cell", "1")
-    assert told is not None and suite.model.adapter == f"{recipe.output}/adapter"
+    assert told is not None and suite.model.adapter == f"{recipe.output}/adapter" and recipe.seed == suite.seed == 3
+    assert recipe.division() == suite.division() == load_recipe(RECIPES / "harden.yaml").division()
     assert not defences("--seeds", "3", "--cell", "1")
-    assert [(cell.recipe, cell.seed) for cell in defences.cells()] == [("start", 3), (recipe.name, 3)]
+    assert [(cell.recipe, cell.seed) for cell in defences.cells()] == [("start", 0), (recipe.name, 3)]
 
 
 def test_recipes_with_clamps_are_told_what_broke_the_model_before(defences):
@@ -55,7 +57,7 @@ def test_recipes_with_clamps_are_told_what_broke_the_model_before(defences):
 def test_a_cell_of_other_settings_is_refused(defences):
     defences("--seeds", "3", "--cell", "0")
     defences("--seeds", "3", "--cell", "1")
-    with pytest.raises(HardenError, match="seed 3, of another recipe, suite, judge or option; give another --cells"):
+    with pytest.raises(HardenError, match="of another recipe, suite, judge or option; give another --cells"):
         defences("--seeds", "3", "--cell", "1", "--train.steps", "2")
 
 

@@ -1,12 +1,15 @@
 import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from harden.errors import HardenError
 from harden.prompts import load_prompts, load_splits, split_prompts
+from harden.recipe import load_recipe
 
+RECIPE = Path(__file__).parents[1] / "recipes/smollm2-135m/harden.yaml"
 EMBEDDED = {"path": "embedded", "column": "text", "subset": None, "split": "train"}
 KINDS = ("harmful", "twins", "benign")
 
@@ -50,6 +53,14 @@ def test_splits_are_disjoint_stratified_and_keep_pairs_together(seed):
         assert [p.pair for p in part.harmful] == [p.pair for p in part.twins]
         per_category = Counter(p.category for p in part.harmful)
         assert len(per_category) == 12 and all(abs(n - 36 * share) <= 1 for n in per_category.values())
+
+
+def test_a_run_of_another_seed_may_keep_to_the_same_split():
+    recipe = load_recipe(RECIPE)
+    other = load_recipe(RECIPE, {"seed": 5})
+    kept = load_recipe(RECIPE, {"seed": 5, "prompts": {"split_seed": recipe.seed}})
+    splits, others, same = (load_splits(*r.division()) for r in (recipe, other, kept))
+    assert same == splits and others["test"].harmful != splits["test"].harmful
 
 
 def test_the_seed_changes_the_splits_and_nothing_else_does():

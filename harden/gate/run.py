@@ -124,8 +124,7 @@ def _check_begun(folder: RunFolder, begun: dict[str, Any]) -> None:
 
 def _splits(policy: ReleasePolicy, recipe: Recipe) -> dict[Split, PromptSet]:
     """All prompts. Raises HardenError where a split is shorter than what the policy asks for."""
-    sources = {kind: getattr(recipe.prompts, kind).model_dump() for kind in ("harmful", "twins", "benign")}
-    splits = load_splits(sources, recipe.prompts.train_share, recipe.prompts.selection_share, recipe.seed)
+    splits = load_splits(*recipe.division())
     asked: list[tuple[Split, str, str, int]] = [
         ("selection", "harmful", "attack.selection_prompts", recipe.attack.selection_prompts),
         ("test", "harmful", "attack.test_prompts", recipe.attack.test_prompts),

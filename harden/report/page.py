@@ -416,11 +416,11 @@ def _prompts(run: RunRecords, texts: bool, several: bool) -> list[Section]:
 def _test_prompts(recipe: Recipe, needed: bool) -> dict[str, tuple[str, str]]:
     """Category and text by id, as they are now. None where the source is gone, or would have to be fetched, and nothing
     needs it."""
-    sources = {kind: getattr(recipe.prompts, kind).model_dump() for kind in ("harmful", "twins", "benign")}
+    sources, *_ = recipe.division()
     if not needed and not all(source["path"].endswith(WITHOUT_HUB) for source in sources.values()):
         return {}
     try:
-        splits = load_splits(sources, recipe.prompts.train_share, recipe.prompts.selection_share, recipe.seed)
+        splits = load_splits(*recipe.division())
     except HardenError:
         if needed:
             raise
