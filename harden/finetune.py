@@ -264,6 +264,8 @@ def read_start(
 ) -> Start:
     """Read of the starting model what the terms that are switched on ask for."""
     twins, leverage, full = {}, [], None
+    if settings.twins.weight and not any(data.twins):
+        logger.warning("train.twins: no look-alike is the `twin` of a harmful prompt: nothing holds over-refusal down")
     if settings.twins.weight and any(data.twins):
         rows = list(dict.fromkeys(filter(None, data.twins)))
         twins = dict(zip(rows, start_log_odds(chat_model, rows, phrases, batch_size), strict=True))

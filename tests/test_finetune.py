@@ -76,7 +76,7 @@ def test_switched_off_terms_do_not_run(planted, data, phrases, tmp_path):
     assert all("refusal" in e and not {"spread", "benign_kl"} & e.keys() for e in events)
 
 
-def test_the_twins_of_a_step_are_those_of_its_harmful_prompts(planted, data, phrases, monkeypatch):
+def test_the_twins_of_a_step_are_those_of_its_harmful_prompts(planted, data, phrases, monkeypatch, caplog):
     harmful, twins = [], []
     refusal, rise = finetune.refusal_loss, finetune.refusal_rise
     monkeypatch.setattr(finetune, "refusal_loss", lambda m, rows: (harmful.extend(rows), refusal(m, rows))[1])
@@ -96,7 +96,9 @@ def test_the_twins_of_a_step_are_those_of_its_harmful_prompts(planted, data, phr
     assert twins == [twin_of[prompt] for prompt in drawn]
     step(replace(data, twins=tuple(t if p == drawn[1] else None for p, t in twin_of.items())))
     assert twins == [twin_of[drawn[1]]]
+    assert "train.twins: no look-alike" not in caplog.text
     assert "twins" not in step(replace(data, twins=(None,) * len(data.harmful))) and not twins
+    assert "train.twins: no look-alike" in caplog.text
 
 
 @pytest.mark.parametrize(
