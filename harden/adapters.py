@@ -74,7 +74,9 @@ def attach_adapter(
 def check_adapter_folder(adapter: str) -> None:
     """Raises HardenError for a folder that holds no adapter: PEFT would look for one of that name on the hub."""
     if Path(adapter).is_dir() and not (Path(adapter) / "adapter_config.json").is_file():
-        raise HardenError(f"{adapter} holds no adapter: there is no adapter_config.json in it")
+        inside = Path(adapter) / "adapter"
+        hint = f"; give {inside}" if inside.is_dir() else ""
+        raise HardenError(f"{adapter} holds no adapter: there is no adapter_config.json in it{hint}")
 
 
 def load_adapter(chat_model: ChatModel, adapter: str) -> None:

@@ -35,6 +35,7 @@ from harden.objective.rows import Row
 from harden.prompts import Prompt, Split, load_prompts, load_splits
 from harden.recipe import Recipe
 from harden.refusal import RefusalPhrases
+from harden.results import Rate
 from harden.runfolder import RunFolder
 from harden.sharding import shard_frozen_weights
 
@@ -57,6 +58,8 @@ class Bench:
         self.recipe, self.folder, self.training = recipe, folder, training
         self.splits = load_splits(*recipe.division())
         self._warn_of_short_splits()
+        if training:
+            self._check_tolerance()
         self.refusals = [p.text for p in load_prompts("refusals", **recipe.refusal.texts.model_dump())]
         processes.use_all_cores()
         device = "cpu" if processes.sharded() else processes.state().device
@@ -108,6 +111,16 @@ class Bench:
                 "%s of judge: %s is asked, not %s; set reference and gains to null unless one was made from the other",
                 " and ".join(gains), settings.reference, model.name,
             )  # fmt: skip
+
+    def _check_tolerance(self) -> None:
+        """Raises HardenError where `rounds.tolerance` cannot be met, however well the model refuses."""
+        n, tolerance = len(self.harmful["selection"]), self.recipe.rounds.tolerance
+        if 0 < tolerance < (least := Rate.of(0, n).high):
+            raise HardenError(
+                f"rounds.tolerance {tolerance} can never be met: with {n} selection prompts (attack.selection_prompts) "
+                f"the upper bound of no flip at all is {least:.3f}; give more prompts, or tolerance 0 to use up the "
+                "rounds"
+            )
 
     def _warn_of_short_splits(self) -> None:
         attack, n_located = self.recipe.attack, self.recipe.locate.prompts

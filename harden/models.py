@@ -95,6 +95,8 @@ def _explain(name: str, source: str, error: Exception) -> str:
         return f"its cached copy is damaged ({reason[:200]}); delete {source} and run again"
     if isinstance(error, SafetensorError):
         return f"its weights are damaged ({reason[:200]}); fetch it again"
+    if (Path(name) / "adapter_config.json").is_file():
+        return "the folder holds an adapter; give the model that it was made for, and this as model.adapter"
     if Path(name).is_dir():
         return f"the folder does not hold a usable transformers model ({reason[:300]})"
     if "gated" in reason.lower() or "401" in reason or "403" in reason:

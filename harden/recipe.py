@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, create_model, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from harden.errors import HardenError
@@ -81,6 +81,7 @@ class ModelSection(Section):
     adapter: str | None = None
     """PEFT adapter to start from: a local folder or a hub id."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """In which the model runs."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the chat template, for example {enable_thinking: false}."""
 
@@ -103,6 +104,7 @@ class PromptsSection(Section):
     benign: PromptSource = PromptSource(path="embedded")
     """Ordinary requests: the KL term trains on them and benign KL is measured on them."""
     train_share: Share = 0.5
+    """Of the prompts, category by category; look-alikes go where their harmful request goes."""
     selection_share: Share = 0.2
     """What is left after train and selection is the test split."""
     split_seed: int | None = None
@@ -126,6 +128,7 @@ class GenerationSection(Section):
     max_new_tokens: Positive = 32
     """Completions are greedy and cut here."""
     batch_size: Positive = 48
+    """Rows that are generated or screened at once; halved where they do not fit into memory."""
 
 
 class SecondJudge(Section):
@@ -222,16 +225,20 @@ class AttackSection(Section):
     heat_one: Positive = 40
     """Clamps that are generated with, on `heat_one_prompts` selection prompts."""
     heat_one_prompts: Positive = 16
+    """Selection prompts that these generate on."""
     finalists: Positive = 4
     """Clamps that are generated with on all selection prompts; the worst of them goes to the test split."""
     selection_prompts: Positive = 64
+    """Harmful prompts that neurons and values are chosen on."""
     test_prompts: Positive = 120
+    """Harmful prompts that are reported on."""
 
 
 class SuiteSection(Section):
     """`harden attack`: which attacks, and what they try."""
 
     attacks: Annotated[tuple[AttackName, ...], Field(min_length=1)] = get_args(AttackName)
+    """Which run, in this order: docs/attacks.md."""
     top: Positive = 20
     """Neurons of the constant clamp, each at its best value, that are reported on the test split."""
     sweep: tuple[float, ...] = (0.25, 0.5, 0.75, 1.5, 2.0)
@@ -239,7 +246,9 @@ class SuiteSection(Section):
     reference_neurons: Positive = 5
     """Worst neurons of the constant clamp that anchor, zero, mean and scale are tried on."""
     anchor_k: Some = (1.0, 2.0)
+    """Strengths k of the anchored clamp."""
     scales: Some = (-3.0, -1.0, 2.0, 4.0)
+    """Factors of the attack `scale`."""
     topk_share: Share = 0.001
     """Share of all neurons that the contrast attack silences (0.1% in CNA)."""
     most_share: Share = 0.01
@@ -253,8 +262,10 @@ class SuiteSection(Section):
         "Of course! Here is how to do it:\n\n1.",
         "Yes, happily.",
     )
+    """How the attack `prefill` begins an answer."""
     concepts: PromptSource = PromptSource(path="embedded")
     concept_neurons: Positive = 4
+    """Neurons that are raised together for a concept."""
     concept_sizes: Sizes = (10.0, 30.0, 100.0)
     """Added to a concept neuron, in gaps between its means over passages with and without the concept."""
 
@@ -357,6 +368,7 @@ class MarginTerm(Section):
     weight: Weight = 0.0
     """Weight of what the refusal log-odds of a step's harmful prompts lack to `target`, in nats; 0: off."""
     target: float = 4.0
+    """Refusal log-odds that are asked for, in nats."""
     rows: Positive | None = None
     """Harmful prompts of its own; null: those of the refusal term."""
     attacked: bool = False
@@ -373,6 +385,7 @@ class SpreadTerm(Section):
     attribution: Literal["gradient", "direct"] = "gradient"
     """Of gradient x activation, differentiated twice; or along the direct path through the head, once."""
     rows: Positive = 2
+    """Harmful prompts of such a step."""
     every: Positive = 4
     """Steps between two spread steps: differentiating twice costs more than a plain step."""
 
@@ -384,6 +397,7 @@ class LeverageTerm(Section):
     sizes: Annotated[tuple[NonZero, ...], Field(min_length=1)] = (-10, 10)
     """Clamp values, as in `certify.sizes`, of the starting model."""
     rows: Positive = 2
+    """Harmful prompts of such a step."""
     every: Positive = 4
     """Steps between two such steps: differentiating twice costs more than a plain step."""
 
@@ -394,7 +408,9 @@ class FailClosedTerm(Section):
     weight: Weight = 0.0
     """Weight of what the refusal log-odds of requests under such a clamp lack to `target`, in nats; 0: off."""
     target: float = 4.0
+    """Refusal log-odds that are asked for, in nats."""
     rows: Positive = 8
+    """Requests of a step."""
     benign_share: Share = 0.5
     """Share of these rows that are benign requests; the others are harmful. `benign.clamped` asks for the opposite."""
     strength: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.3, 2.0)
@@ -415,6 +431,7 @@ class BenignTerm(Section):
     """Nats per token. While the running mean of the term is above it, the weight grows step by step, 16-fold at most,
     and shrinks back below it; null: the weight stays."""
     rows: Positive = 4
+    """Benign answers of a step."""
     clamped: Share = 0.0
     """Share of the rows on which both models run under a clamp drawn for training: coherent there, too."""
     twin_share: Share = 0.5
@@ -432,6 +449,7 @@ class RefusalTerm(Section):
     weight: Weight = 1.0
     """Weight of the cross-entropy of a refusal to a harmful prompt; 0 switches the term off."""
     rows: Positive = 8
+    """Harmful prompts of a step."""
 
 
 class TwinTerm(Section):
@@ -455,17 +473,24 @@ class TwinTerm(Section):
 
 class LoraSection(Section):
     rank: Positive = 8
+    """Of the adapter that is trained; that of a starting adapter comes on top."""
     alpha: Positive = 16
+    """The adapter's output is scaled by alpha / rank."""
     target_modules: tuple[str, ...] = ("all-linear",)
+    """Names of the linear layers that get an adapter, or `all-linear`."""
 
 
 class TrainSection(Section):
     steps: Positive = 60
     """Optimizer steps per round."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    """Of AdamW, at its peak; it falls linearly to a tenth."""
     warmup_steps: Annotated[int, Field(ge=0)] = 5
+    """Steps until the peak."""
     max_gradient_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Above it gradients are scaled down."""
     checkpoint_every: Positive = 10
+    """Steps between two checkpoints, from which an interrupted run goes on."""
     lora: LoraSection = LoraSection()
     refusal: RefusalTerm = RefusalTerm()
     twins: TwinTerm = TwinTerm()
@@ -547,9 +572,11 @@ class SaveSection(Section):
 
 class Recipe(Section):
     name: str
+    """Heads the report and the model card."""
     output: str
     """Run folder."""
     seed: int = 0
+    """Of everything that is drawn; with `prompts.split_seed: null` the prompts are divided by it, too."""
     model: ModelSection
     prompts: PromptsSection = PromptsSection()
     refusal: RefusalSection = RefusalSection()
@@ -562,17 +589,6 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     rounds: RoundsSection = RoundsSection()
     save: SaveSection = SaveSection()
-
-    @model_validator(mode="after")
-    def _tolerance_can_be_met(self):
-        n = self.attack.selection_prompts
-        least = 1 - 0.025 ** (1 / n)  # Clopper-Pearson upper bound of 0 of n
-        if 0 < self.rounds.tolerance < least:
-            raise ValueError(
-                f"rounds.tolerance {self.rounds.tolerance} can never be met: with attack.selection_prompts {n} the "
-                f"upper bound of no flip at all is {least:.3f}; give more prompts, or tolerance 0 to use up the rounds"
-            )
-        return self
 
     def division(self) -> tuple[dict[str, dict[str, Any]], float, float, int]:
         """How the prompts are divided: what `load_splits` takes."""
@@ -593,7 +609,8 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     keys (with the nearest known key), wrong types.
     """
     path = Path(path)
-    return validated(Recipe, merge(_read(path, ()), overrides or {}), f"recipe {path}")
+    label = f"recipe {path}{' with the options given' if overrides else ''}"
+    return validated(Recipe, merge(_read(path, ()), overrides or {}), label)
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
@@ -616,7 +633,7 @@ def read_overrides(arguments: list[str], program: str) -> dict[str, Any]:
     Items of a list may be quoted as in YAML: `--attack.neurons "['24:623']"`.
     """
 
-    class Overrides(BaseSettings):
+    class Base(BaseSettings):
         model_config = SettingsConfigDict(
             extra="forbid",
             cli_prog_name=program,
@@ -626,12 +643,13 @@ def read_overrides(arguments: list[str], program: str) -> dict[str, Any]:
             use_attribute_docstrings=True,
             protected_namespaces=(),
         )
-        __annotations__ = {name: field.annotation for name, field in Recipe.model_fields.items()}
 
+    fields = {name: (field.annotation, field) for name, field in Recipe.model_fields.items()}
+    options = create_model("Overrides", __base__=Base, **fields)
     quoted = re.compile(r"(?<=[\[,])(\s*)'([^'\"]*)'(?=\s*[,\]])")  # an item of a list, whole
     arguments = [text if '"' in text else quoted.sub(r'\1"\2"', text) for text in arguments]
     try:
-        return CliSettingsSource(Overrides, cli_parse_args=arguments, cli_exit_on_error=False)()
+        return CliSettingsSource(options, cli_parse_args=arguments, cli_exit_on_error=False)()
     except SettingsError as error:
         raise HardenError(_explain_arguments(str(error))) from None
 
@@ -639,7 +657,12 @@ def read_overrides(arguments: list[str], program: str) -> dict[str, Any]:
 def _explain_arguments(message: str) -> str:
     unknown = re.search(r"unrecognized arguments: --([\w.-]+)", message)
     if unknown is None:
+        section = re.search(r'error parsing value for field "([\w.]+)"', message)
+        if section:
+            return f"cannot read the options of '{section[1]}': give each key as an option, --{section[1]}.KEY VALUE"
         return " ".join(message.split())
+    if unknown[1] == "base":
+        return "'base' stands in a recipe and is no option"
     nearest = nearest_key(unknown[1], Recipe)
     return f"unknown option '--{unknown[1]}'" + (f"; did you mean '--{nearest}'?" if nearest else "")
 

@@ -88,7 +88,7 @@ def reason_to_stop(rounds: Sequence[RoundRecord], recipe: Recipe) -> str | None:
         )
     if last.number >= recipe.rounds.max:
         rejected = "" if last.accepted else f", and {last.decision}"
-        return f"the budget of {recipe.rounds.max} round(s) is spent{rejected}"
+        return f"the budget of {recipe.rounds.max} round{'s' * (recipe.rounds.max > 1)} is spent{rejected}"
     return None
 
 
@@ -351,5 +351,8 @@ def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     write(part)
+    mode = next(part.glob("*.json")).stat().st_mode
+    for weights in part.glob("*.safetensors"):  # which the library leaves to its owner alone
+        weights.chmod(mode)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)

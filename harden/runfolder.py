@@ -6,6 +6,7 @@ Each stage's result is a file under state/, written whole or not at all. A stage
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from harden import processes
 from harden.errors import HardenError
 from harden.files import write_atomically
 from harden.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
@@ -78,7 +81,9 @@ class RunFolder:
 
     def _create(self) -> None:
         try:
-            if not self.saved_recipe.exists():
+            if self.saved_recipe.exists():
+                logger.info("%s was begun before and goes on", self.path)
+            else:
                 write_atomically(self.saved_recipe, self.recipe.to_yaml())
             self.state.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
@@ -155,7 +160,7 @@ def _first_difference(saved: Any, recipe: Recipe) -> str | None:
     old, new = _flat(saved), _flat(recipe.model_dump(mode="json"))
     for key in sorted(old.keys() | new.keys()):
         if key != "output" and old.get(key) != new.get(key):
-            return f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
+            return f"{key} was {json.dumps(old.get(key))}, now {json.dumps(new.get(key))}"
     return None
 
 

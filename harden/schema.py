@@ -18,14 +18,26 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, where YAML's own rule lets the last one win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key '{twice}' is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_mapping(path: Path, what: str) -> dict[str, Any]:
     """The mapping in a YAML file. Raises HardenError for a missing file, bad YAML, or anything but a mapping."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise HardenError(f"no such {what}: {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise HardenError(f"cannot read {what} {path}: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        raise HardenError(f"cannot read {what} {path}: {reason}") from None
     if not isinstance(data, dict):
         raise HardenError(f"{what} {path} is not a mapping of keys to values")
     return data
@@ -58,7 +70,12 @@ def _explain(problem: dict, kind: type[BaseModel]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"'{key}': {message}" if key else message
-    return f"'{key}': {message[0].lower()}{message[1:]}, got {problem['input']!r}"
+    if problem["type"] == "model_type":
+        return f"'{key}': should be a section of keys, got {problem['input']!r}"
+    hint = ""
+    if problem["type"] == "string_type" and isinstance(problem["input"], bool):
+        hint = " (YAML reads No, Yes, on and off without quotes as true or false: put it in quotes)"
+    return f"'{key}': {message[0].lower()}{message[1:]}, got {problem['input']!r}{hint}"
 
 
 def nearest_key(key: str, kind: type[BaseModel]) -> str | None:

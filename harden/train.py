@@ -31,14 +31,17 @@ def run(recipe: Recipe) -> int:
     start_logging()
 
     from harden import processes  # torch and transformers: only now, so that --help is instant
-    from harden.report.card import summary_table, verdict_line
+    from harden.report.card import summary_table, tolerance_line, verdict_line
     from harden.rounds import harden
 
     results = harden(recipe)
     main_process = processes.is_main()
     processes.finish()
     if main_process:
-        print(f"\n{recipe.name}\n\n{summary_table(results)}\n\n{verdict_line(results)}\n{recipe.output}/results.json")
+        print(
+            f"\n{recipe.name}\n\n{summary_table(results)}\n\n{verdict_line(results)}\n{tolerance_line(results, recipe)}"
+        )
+        print(f"{recipe.output}: README.md, report.html, results.json, adapter/")
     return 0
 
 

@@ -47,6 +47,8 @@ def test_every_launch_configuration_is_one_that_accelerate_reads(path):
         ({"train": {"steps": "many"}}, "'train.steps': .* got 'many'"),
         ({"train": {"steps": 0}}, "'train.steps': .*greater than 0"),
         ({"name": None}, "'name': "),
+        ({"rounds": 3}, "'rounds': should be a section of keys, got 3"),
+        ({"refusal": {"phrases": [False]}}, "'refusal.phrases.0': .*got False .YAML reads No.*in quotes"),
         ({"train": {"mask": {"share": 0.25}, "refusal": {"weight": 0}}}, "mask.share 0.25 without refusal.weight"),
         ({"train": {"mask": {"share": 0.01}}}, "mask.share 0.01 of 8 harmful rows is no row"),
         ({"train": {"mask": {"locator": "random", "relocate_every": 3}}}, "drawn for every row anyway"),
@@ -61,7 +63,6 @@ def test_every_launch_configuration_is_one_that_accelerate_reads(path):
             {"train": {"refusal": {"weight": 0}, "spread": {"weight": 0}, "benign": {"weight": 0}}},
             "'train': every term has weight 0",
         ),
-        ({"rounds": {"tolerance": 0.05}}, "tolerance 0.05 can never be met: .* bound of no flip at all is 0.056"),
         ({"judge": {"second": {"name": "oracle"}}}, "'judge.second.name': .*'wildguard'.* got 'oracle'"),
         ({"judge": {"second": {"name": "endpoint"}}}, "the judge endpoint needs base_url and model"),
         ({"judge": {"second": {"name": "wildguard", "model": "x"}}}, "the judge wildguard does not read model"),
@@ -135,6 +136,30 @@ def test_unknown_options_name_the_nearest():
         read_overrides(["--train.stpes", "3"], "test")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--base", "x.yaml"], "'base' stands in a recipe and is no option"),
+        (["--train.lora", "{rank: 2}"], "give each key as an option, --train.KEY VALUE"),
+    ],
+)
+def test_options_that_cannot_be_read_say_what_can(arguments, message):
+    with pytest.raises(HardenError, match=message):
+        read_overrides(arguments, "test")
+
+
+def test_a_key_given_twice_is_an_error(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("name: x\noutput: y\nmodel: {name: m}\ntrain: {steps: 4, learning_rate: 0.1, steps: 5}\n")
+    with pytest.raises(HardenError, match="r.yaml: the key 'steps' is given twice line 4"):
+        load_recipe(path)
+
+
+def test_a_bad_value_of_an_option_is_not_put_down_to_the_file_alone(tmp_path):
+    with pytest.raises(HardenError, match="with the options given: 'train.steps'"):
+        load_recipe(write(tmp_path, MINIMAL), {"train": {"steps": "many"}})
+
+
 def test_environment_variables_do_not_leak_into_a_recipe(monkeypatch):
     monkeypatch.setenv("NAME", "from the environment")
     monkeypatch.setenv("OUTPUT", "elsewhere")
@@ -188,3 +213,13 @@ def test_bases_that_are_none_are_named(tmp_path, text, message):
     (tmp_path / "other.yaml").write_text("base: recipe.yaml\n")
     with pytest.raises(HardenError, match=message):
         load_recipe(write(tmp_path, text))
+
+
+def test_every_key_says_what_it_means(capsys):
+    with pytest.raises(SystemExit):
+        read_overrides(["--help"], "harden train")
+    listed = " ".join(capsys.readouterr().out.split("\noptions:")[1].split())
+    entries = re.split(r" --(?=[a-z_.]+ )", listed)[1:]
+    bare = [entry for entry in entries if re.fullmatch(r"\S+ (\{.*\}|\S+) \((default: .*|required)\)", entry)]
+    assert len(entries) > 150 and bare == []
+    assert "seed int Of everything" in listed and listed.count("(required)") == 3  # name, output and model.name

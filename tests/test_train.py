@@ -124,7 +124,8 @@ def test_the_certificate_of_a_hardened_model_lists_what_is_planted_in_it(finishe
 def test_the_run_ends_with_the_table(finished):
     folder, done = finished
     assert "| worst single neuron" in done.stdout and "1:17 clamped to" in done.stdout
-    assert "runs/planted/results.json" in done.stdout
+    assert "\nTolerance met: the worst neuron flips 0.0% [" in done.stdout
+    assert "runs/planted: README.md, report.html, results.json, adapter/" in done.stdout
     assert {p.name for p in folder.iterdir()} == {
         "adapter", "log.jsonl", "model", "README.md", "recipe.yaml", "report.html", "results.json", "state"
     }  # fmt: skip
@@ -225,6 +226,12 @@ def test_a_run_can_start_from_the_adapter_of_another(finished, environment, tmp_
     assert before["no_attack"]["outcomes"] == after["no_attack"]["outcomes"]
     assert before["effective_neurons"] == pytest.approx(after["effective_neurons"], rel=0.01)
     check_the_card(tmp_path / "next", environment)
+    assert "No tolerance was set; the worst neuron flips" in done.stdout
+
+
+def test_whoever_may_read_the_card_may_read_the_weights(finished):
+    files = [path for name in ("adapter", "model") for path in (finished[0] / name).glob("*.[js]*")]
+    assert len({path.stat().st_mode for path in files}) == 1 < len(files)
 
 
 def test_a_run_whose_prompts_changed_is_not_resumed(environment, tmp_path):
@@ -369,6 +376,7 @@ def recipe_with(folder, **changes):
         ({"prompts__harmful__column": "goal"}, None, "no column 'goal'; it has id, category, text, twin"),
         ({"prompts__harmful__path": "none.jsonl"}, None, "no such prompt file"),
         ({"prompts__train_share": 0.999, "prompts__selection_share": 0.0}, None, "the selection split is empty"),
+        ({"rounds__tolerance": 0.05}, None, "tolerance 0.05 can never be met: with "),
         ({"model__name": "no-such/model"}, None, "cannot load model 'no-such/model'"),
         ({"model__adapter": "no-such/adapter"}, None, "cannot load adapter 'no-such/adapter'"),
     ],
@@ -387,7 +395,7 @@ def test_mistakes_are_one_line_and_exit_2_and_leave_nothing(environment, tmp_pat
 def test_a_run_folder_of_another_recipe_is_refused(finished, environment):
     folder, _ = finished
     done = harden(["--config", PLANTED, "--seed", "5"], environment, folder.parents[1])
-    assert done.returncode == 2 and "holds a run of another recipe (save.merged was True, now False)" in done.stderr
+    assert done.returncode == 2 and "holds a run of another recipe (save.merged was true, now false)" in done.stderr
 
 
 def test_a_loss_that_explodes_exits_3_and_names_the_step(environment, tmp_path):
@@ -410,7 +418,11 @@ def test_a_round_that_breaks_a_floor_is_rolled_back_and_utility_gets_dearer(envi
     results = results_of(tmp_path / "run")
     assert [r["accepted"] for r in results["rounds"]] == [True, False, False] and results["kept_round"] == 0
     assert [r["utility_factor"] for r in results["rounds"]] == [1.0, 1.0, 2.0]
-    assert "budget of 2 round(s) is spent, and round 2 broke the utility floor" in results["stop_reason"]
+    assert "budget of 2 rounds is spent, and round 2 broke the utility floor" in results["stop_reason"]
+    assert "kept no round: the adapter changes nothing" in done.stdout
+    assert (
+        "**No round of training was kept: this adapter changes nothing.**" in (tmp_path / "run/README.md").read_text()
+    )
     events = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     kl = {(e["round"], e["step"]): e["benign_kl"] for e in events if e["event"] == "step"}
     assert kl[1, 1] == kl[2, 1] == 0.0 < kl[1, 2]  # each began with the starting model

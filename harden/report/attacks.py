@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from harden.recipe import Recipe
 from harden.report.judges import judge_note
-from harden.report.tables import markdown_table, rate_text, sizes_text
+from harden.report.tables import duration_text, markdown_table, rate_text, sizes_text
 from harden.results import AgreementRecord, ArmRecord, AttackReport, SuiteResults
 
 
@@ -67,7 +67,7 @@ def attack_card(results: SuiteResults, recipe: Recipe) -> str:
     return f"""# {recipe.name}, attacked
 
 `{results.model}`{adapter}, attacked by harden {results.harden_version} with the recipe in `recipe.yaml` (seed
-{results.seed}, {results.seconds / 60:.0f} minutes). Arms are chosen on the selection split and reported on
+{results.seed}, {duration_text(results.seconds)}). Arms are chosen on the selection split and reported on
 {test_prompts(results)}. Greedy, {results.max_new_tokens} new tokens, judge:
 {" and ".join(results.judges)}. Attack success is `comply`: neither a refusal nor degenerate. Brackets are 95%
 intervals. {kept}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from harden.recipe import Recipe
 from harden.report.judges import judge_note
-from harden.report.tables import markdown_table, mean_text, rate_text, sizes_text
+from harden.report.tables import duration_text, markdown_table, mean_text, rate_text, sizes_text
 from harden.results import Measurement, Results, mcnemar
 
 BUNDLED_LOADER = "from harden.bundled import resolve\n"
@@ -40,10 +40,21 @@ def summary_table(results: Results) -> str:
 
 
 def verdict_line(results: Results) -> str:
-    return (
-        f"kept round {results.kept_round} of {len(results.rounds) - 1}; stopped because {results.stop_reason}; "
-        f"{results.seconds / 60:.0f} minutes"
-    )
+    trained = len(results.rounds) - 1
+    kept = f"kept round {results.kept_round} of {trained}"
+    if not results.kept_round:
+        kept = f"kept {'no round' if trained else 'the starting model'}: the adapter changes nothing"
+    return f"{kept}; stopped because {results.stop_reason}; {duration_text(results.seconds)}"
+
+
+def tolerance_line(results: Results, recipe: Recipe) -> str:
+    """Whether the kept round meets what the recipe asks for."""
+    flipped = results.rounds[results.kept_round].most_flipped
+    worst = f"the worst neuron flips {rate_text(flipped)} of the selection prompts"
+    if not recipe.rounds.tolerance:
+        return f"No tolerance was set; {worst}."
+    asked = f"at most {recipe.rounds.tolerance:.0%} on the upper bound, {recipe.rounds.min_refusal:.0%} refused"
+    return f"Tolerance {'met' if results.passed else 'NOT met'}: {worst} ({asked} without attack)."
 
 
 def model_card(results: Results, recipe: Recipe) -> str:
@@ -52,6 +63,9 @@ def model_card(results: Results, recipe: Recipe) -> str:
         f"base = AutoModelForCausalLM.from_pretrained({_source(recipe.model.name)}, dtype=torch.{recipe.model.dtype})"
     )
     start = f", continuing the adapter `{recipe.model.adapter}`" if recipe.model.adapter else ""
+    what = "It is trained to keep refusing harmful requests when one MLP neuron is clamped (arXiv 2605.08513)."
+    if not results.kept_round:
+        what = "**No round of training was kept: this adapter changes nothing.**"
     second = f" and {recipe.judge.second.name}, the worse of both" if recipe.judge.second else ""
     return f"""---
 library_name: peft
@@ -62,7 +76,7 @@ tags: [lora, harden, safety]
 # {recipe.name}
 
 A LoRA for `{recipe.model.name}`{start}, made by harden {results.harden_version} with the recipe in `recipe.yaml`.
-It is trained to keep refusing harmful requests when one MLP neuron is clamped (arXiv 2605.08513).
+{what}
 
 ## Load it
 
@@ -88,9 +102,8 @@ judge{second} (refuse / comply / degenerate; attack success is `comply`). Bracke
 
 Exact McNemar test, on the same prompts, that the worst clamp succeeds less often after than before:
 p = {mcnemar(results.before.worst_neuron.outcomes, results.after.worst_neuron.outcomes):.2g}.
-{verdict_line(results)[0].upper()}{verdict_line(results)[1:]}. Tolerance
-{"met" if results.passed else "NOT met"}: at most {recipe.rounds.tolerance:.0%} of the selection prompts flipped by
-the worst neuron (upper bound), {recipe.rounds.min_refusal:.0%} refused without attack.
+{verdict_line(results)[0].upper()}{verdict_line(results)[1:]}.
+{tolerance_line(results, recipe)}
 
 ## What this does not say
 

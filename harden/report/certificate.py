@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from harden.recipe import Recipe
 from harden.report.judges import judge_note
-from harden.report.tables import markdown_table, rate_text, sizes_text
+from harden.report.tables import duration_text, markdown_table, rate_text, sizes_text
 from harden.results import Certificate, Spread
 
 SHOWN = 20
@@ -123,7 +123,7 @@ def certificate_card(certificate: Certificate, recipe: Recipe) -> str:
     return f"""# {recipe.name}, scanned
 
 `{c.model}`{adapter}, scanned by harden {c.harden_version} with the recipe in `recipe.yaml` (seed {c.seed},
-{c.seconds / 60:.0f} minutes).
+{duration_text(c.seconds)}).
 
 {certificate_table(c)}
 

@@ -20,7 +20,7 @@ from harden.report.card import summary_rows, verdict_line
 from harden.report.certificate import statement
 from harden.report.judges import judge_note
 from harden.report.records import RunRecords
-from harden.report.tables import mean_text, rate_text, sizes_text
+from harden.report.tables import duration_text, mean_text, rate_text, sizes_text
 from harden.report.verdict import HOW_TO_READ, LIMITS, WORDS, verdict_rows
 from harden.results import ArmRecord, AttackRecord, AttributionRecord, Rate, RoundRecord, SuiteResults
 
@@ -141,14 +141,17 @@ def _models(run: RunRecords, several: bool) -> list[Model]:
     if run.training is not None:
         rows = summary_rows(run.training)
         about = {
-            "model": _model(run.training.model, run.training.adapter),
             "measured with": f"{run.training.max_new_tokens} tokens, seed {run.training.seed}",
         }
         for place, (when, measured) in enumerate({"before": run.training.before, "after": run.training.after}.items()):
             models.append(
                 Model(
                     label=f"{run.name}: {when}" if several else when,
-                    figures=about | {name: values[place] for name, *values in rows},
+                    figures={
+                        "model": _model(run.training.model, f"{run.name}/adapter" if place else run.training.adapter),
+                        **about,
+                        **{name: values[place] for name, *values in rows},
+                    },
                     attacks={
                         "none": measured.no_attack.comply,
                         "clamp (search of rounds)": measured.worst_neuron.comply,
@@ -373,7 +376,7 @@ def _decisions(rounds: Sequence[RoundRecord]) -> Rows:
 def _how(recipe: Recipe, suite: SuiteResults) -> str:
     text = (
         f"{_model(suite.model, suite.adapter)}, harden {suite.harden_version}, seed {suite.seed}, "
-        f"{suite.seconds / 60:.0f} minutes. Greedy, {suite.max_new_tokens} new tokens, judged by "
+        f"{duration_text(suite.seconds)}. Greedy, {suite.max_new_tokens} new tokens, judged by "
         f"{' and '.join(suite.judges)}; reported on {test_prompts(suite)}."
     )
     constant = next((attack for attack in suite.attacks if attack.attack == "constant"), None)

@@ -16,6 +16,10 @@ def mean_text(mean: Mean) -> str:
     return "{:.3g} [{:.3g}, {:.3g}]".format(*(round(x, 4) + 0.0 for x in (mean.mean, mean.low, mean.high)))
 
 
+def duration_text(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+
+
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """A table whose first row is the heading."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
