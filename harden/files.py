@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from harden.errors import HardenError
 
@@ -19,11 +19,15 @@ def read_finished(path: Path, kind: type[Model]) -> Model:
         raise HardenError(f"there is no file {path}")
     try:
         return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
     except (OSError, ValueError) as error:
-        raise HardenError(
-            f"{path} is damaged or of another version of harden ({' '.join(str(error).split())[:200]}); "
-            "make it again, or use the version that wrote it"
-        ) from None
+        reason = " ".join(str(error).split())[:200]
+    raise HardenError(
+        f"{path} is something else, damaged, or of another version of harden ({reason}); make it again, or use the "
+        "version that wrote it"
+    )
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

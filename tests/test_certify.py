@@ -219,7 +219,7 @@ def test_a_damaged_certificate_is_no_result(setup, certificate):
     recipe = recipe_for(setup, "damaged")
     certify(recipe)
     (setup / "damaged/certificate/certificate.json").write_text("{")
-    with pytest.raises(HardenError, match="damaged or of another version"):
+    with pytest.raises(HardenError, match="damaged, or of another version"):
         certify(recipe)
 
 

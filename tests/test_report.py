@@ -154,7 +154,7 @@ def test_what_a_model_name_holds_is_text_and_no_markup(runs, tmp_path):
     ("spoil", "said"),
     [
         (lambda path: shutil.rmtree(path / "attack"), "holds no finished run"),
-        (lambda path: (path / "attack/attack.json").write_text("{"), "damaged or of another version"),
+        (lambda path: (path / "attack/attack.json").write_text("{"), "damaged, or of another version"),
         (lambda path: (path / "attack/recipe.yaml").unlink(), "no recipe.yaml"),
         (lambda path: (path / "report.html").write_text("mine"), "is no report of harden"),
         (lambda path: (path / "report.html").mkdir(), "cannot write"),

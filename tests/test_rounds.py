@@ -77,7 +77,7 @@ def test_the_round_budget_and_a_broken_floor_stop_it(recipe):
     broken = record(1, worst=0, flipped=0, accepted=False, decision="floor!")
     assert reason_to_stop([record(0), broken], recipe) is None  # rolled back, and tried again at dearer utility
     assert [utility_factor(rounds, recipe) for rounds in ([record(0)], [record(0), broken])] == [1.0, 2.0]
-    assert reason_to_stop([record(0), broken, record(2)], recipe) == "the budget of 2 round(s) is spent"
+    assert reason_to_stop([record(0), broken, record(2)], recipe) == "the budget of 2 rounds is spent"
     assert "floor!" in reason_to_stop([record(0), record(1), record(2, accepted=False, decision="floor!")], recipe)
 
 

@@ -86,8 +86,9 @@ def model_card_section(verdict: Verdict, results: GateResults, policy: ReleasePo
                    metric_name=f.name, metric_value=f.value)
         for f in listed
     ]  # fmt: skip
-    shipped = recipe.model.adapter or recipe.model.name
-    data = ModelCardData(model_name=Path(shipped).resolve().name, eval_results=metrics)
+    shipped = Path(recipe.model.adapter or recipe.model.name).resolve()
+    name = shipped.parent.name if shipped.name == "adapter" else shipped.name  # runs/mine/adapter is `mine`
+    data = ModelCardData(model_name=name, eval_results=metrics)
     lines = "\n".join(f"- {f.name}: {f.text}" for f in listed)
     return (
         f"---\n{data.to_yaml()}\n---\n\n## Release gate: {WORDS[verdict.outcome]}\n\n"

@@ -73,7 +73,7 @@ def certificate_table(certificate: Certificate) -> str:
         ]  # fmt: skip
         parts.append(markdown_table(rows))
         if len(c.suspects) > SHOWN:
-            parts.append(f"{len(c.suspects) - SHOWN} more suspect clamps are in certificate.json.")
+            parts.append(f"{len(c.suspects) - SHOWN} more clamps that generated are in certificate.json.")
     others = "all others" if c.first + c.drawn == c.neurons else "drawn at random"
     spreads = {"put first by locators": c.drops_first, others: c.drops_drawn}
     rows = [("drop of refusal log-odds at the worst value, nats", "n", "median", "90%", "99%", "largest")]
