@@ -72,7 +72,9 @@ def attach_adapter(
 
 
 def check_adapter_folder(adapter: str) -> None:
-    """Raises HardenError for a folder that holds no adapter: PEFT would look for one of that name on the hub."""
+    """Raises HardenError for a folder that holds no adapter, or a path without one: PEFT would look on the hub."""
+    if not Path(adapter).exists() and adapter.count("/") != 1:  # as many as a hub id has
+        raise HardenError(f"there is no adapter folder {adapter}")
     if Path(adapter).is_dir() and not (Path(adapter) / "adapter_config.json").is_file():
         inside = Path(adapter) / "adapter"
         hint = f"; give {inside}" if inside.is_dir() else ""

@@ -12,7 +12,7 @@ import torch
 
 from harden import __version__, bundled, processes
 from harden.activations import column_of
-from harden.adapters import adapter_state, attach_adapter, load_adapter
+from harden.adapters import adapter_state, attach_adapter, check_adapter_folder, load_adapter
 from harden.attack.published import published_clamps
 from harden.attack.records import Records
 from harden.attack.respond import Keep, Responder
@@ -61,10 +61,12 @@ class Bench:
         if training:
             self._check_tolerance()
         self.refusals = [p.text for p in load_prompts("refusals", **recipe.refusal.texts.model_dump())]
+        lora, adapter = recipe.train.lora, recipe.model.adapter
+        if adapter:
+            check_adapter_folder(adapter)  # before the model is loaded, which may take minutes
         processes.use_all_cores()
         device = "cpu" if processes.sharded() else processes.state().device
         self.chat_model = self._load(recipe.model.name, device)
-        lora, adapter = recipe.train.lora, recipe.model.adapter
         if training:
             attach_adapter(self.chat_model, lora.rank, lora.alpha, lora.target_modules, adapter, recipe.seed)
         elif adapter:

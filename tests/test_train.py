@@ -379,6 +379,7 @@ def recipe_with(folder, **changes):
         ({"rounds__tolerance": 0.05}, None, "tolerance 0.05 can never be met: with "),
         ({"model__name": "no-such/model"}, None, "cannot load model 'no-such/model'"),
         ({"model__adapter": "no-such/adapter"}, None, "cannot load adapter 'no-such/adapter'"),
+        ({"model__adapter": "runs/plantd/adapter"}, None, "there is no adapter folder runs/plantd/adapter"),
     ],
     ids=lambda value: None if not isinstance(value, str) else value[:20],
 )
