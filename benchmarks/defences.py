@@ -92,7 +92,9 @@ def main() -> int:
     parser.add_argument("--suite", type=Path, default=RECIPES / "compare.yaml", help="the recipe of the attacks")
     parser.add_argument("--cells", type=Path, help="where the figures of finished cells are; default: OUT/cells.jsonl")
     parser.add_argument("--jobs", type=int, default=1, help="recipes and seeds that run at once")
-    parser.add_argument("--cell", type=int, help="run only the cell of this number, in this process")
+    parser.add_argument(
+        "--cell", type=int, help="run only this cell, in this process; 0: the model before, then the recipes"
+    )
     options, rest = parser.parse_known_args()
     changes = read_overrides(rest, parser.prog)
     start_logging()
@@ -101,6 +103,12 @@ def main() -> int:
     # all recipes of a seed before the next: an interrupted table compares all of them
     places = [(SEED, None), *((seed, path) for seed in options.seeds for path in options.recipes)]
 
+    if options.cell is not None and not 0 <= options.cell < len(places):
+        raise HardenError(f"--cell {options.cell}: there are cells 0 (the model before) to {len(places) - 1}")
+    if "constant" not in load_recipe(options.suite, changes).suite.attacks:
+        raise HardenError(
+            f"the suite {options.suite} must have the attack constant: its search says what broke a model"
+        )
     threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
 
     def find(number: int) -> Cell | None:
@@ -134,7 +142,7 @@ def main() -> int:
         """What broke the model before, for a recipe that trains against it; None for the model before."""
         if number == 0:
             return None
-        if not recipes(number)[0].train.clamps.share:
+        if not recipes(number)[0].train.draws_clamps:
             return ()
         start = find(0)
         if start is None:
@@ -198,12 +206,15 @@ def add_cell(path: Path, cell: Cell) -> None:
 
 def measured(recipe: Recipe, suite: Recipe, told: Sequence[str] | None) -> str:
     """What a cell hangs on, in short; where its folders are is left out."""
-    content = [part.model_dump(mode="json", exclude={"output": True, "model": {"adapter"}}) for part in (recipe, suite)]
-    return hashlib.sha256(json.dumps([content, told or (), RULES, SUITE_VERSION]).encode()).hexdigest()[:16]
+    left_out = {"output": True, "model": {"adapter"}}
+    start = left_out if told is not None else left_out | {"train": True, "rounds": True, "save": True}
+    content = [recipe.model_dump(mode="json", exclude=start), suite.model_dump(mode="json", exclude=left_out)]
+    adapter = recipe.model.adapter and Path(recipe.model.adapter).name
+    return hashlib.sha256(json.dumps([content, adapter, told or (), RULES, SUITE_VERSION]).encode()).hexdigest()[:16]
 
 
 def what_broke(suite: Recipe) -> list[str]:
-    """The clamps that flip any selection prompt in the finals of the suite's search, when it has run."""
+    """The clamps that flip any selection prompt in the finals of the suite's search, which has run."""
     search = RunFolder(suite, "attack").saved("search", Search)
     plain = search.no_attack.outcomes
     found = {attempt.clamp for attempt in search.finals if count_flips(attempt.outcomes, plain)}
@@ -284,7 +295,7 @@ def table(cells: dict[str, list[dict[str, float | None]]]) -> str:
         if not known:
             return "–"
         middle, least, most = (
-            f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}" for x in (mean(known), min(known), max(known))
+            f"{x:.3g}" if abs(x) < 999.5 else f"{x:.0f}" for x in (mean(known), min(known), max(known))
         )
         return f"{middle} [{least}, {most}]" if len(known) > 1 else middle
 

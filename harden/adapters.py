@@ -7,6 +7,7 @@ for the base model. The starting adapter itself stays loaded, frozen, as `refere
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -73,7 +74,7 @@ def attach_adapter(
 
 def check_adapter_folder(adapter: str) -> None:
     """Raises HardenError for a folder that holds no adapter, or a path without one: PEFT would look on the hub."""
-    if not Path(adapter).exists() and adapter.count("/") != 1:  # as many as a hub id has
+    if not Path(adapter).exists() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", adapter):  # a hub id's form
         raise HardenError(f"there is no adapter folder {adapter}")
     if Path(adapter).is_dir() and not (Path(adapter) / "adapter_config.json").is_file():
         inside = Path(adapter) / "adapter"

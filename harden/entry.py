@@ -51,7 +51,7 @@ def parse_recipe(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple
     known, rest = parser.parse_known_args(arguments)
     if known.help_keys:
         read_overrides(["--help"], parser.prog)
-    overrides = read_overrides(rest, parser.prog)
+    overrides = read_overrides(rest, parser.prog) if known.config or any(text.startswith("--") for text in rest) else {}
     if known.config is None:
         raise HardenError("no recipe given: --config recipes/<model>/<what>.yaml")
     return load_recipe(known.config, overrides), known

@@ -265,7 +265,7 @@ def read_start(
     """Read of the starting model what the terms that are switched on ask for."""
     twins, leverage, full = {}, [], None
     if settings.twins.weight and not any(data.twins):
-        logger.warning("train.twins: no look-alike is the `twin` of a harmful prompt: nothing holds over-refusal down")
+        logger.warning("train.twins has no effect: no look-alike is the `twin` of a harmful prompt")
     if settings.twins.weight and any(data.twins):
         rows = list(dict.fromkeys(filter(None, data.twins)))
         twins = dict(zip(rows, start_log_odds(chat_model, rows, phrases, batch_size), strict=True))

@@ -659,7 +659,7 @@ def _explain_arguments(message: str) -> str:
     if unknown is None:
         section = re.search(r'error parsing value for field "([\w.]+)"', message)
         if section:
-            return f"cannot read the options of '{section[1]}': give each key as an option, --{section[1]}.KEY VALUE"
+            return f"cannot read an option of '{section[1]}': give sections key by key: --train.lora.rank 8"
         return " ".join(message.split())
     if unknown[1] == "base":
         return "'base' stands in a recipe and is no option"

@@ -72,6 +72,13 @@ class RunFolder:
         if inside - allowed:
             raise HardenError(f"{path} exists and is no run folder; give another --output")
 
+    def warn_of_another_model(self) -> None:
+        """Say so where a part measures another model than the one that was trained in the same folder."""
+        model, trained = self.recipe.model, self.outer / "adapter"
+        made = {trained.resolve(), (self.outer / "model").resolve()}
+        if trained.is_dir() and not made & {Path(path).resolve() for path in (model.name, model.adapter) if path}:
+            logger.warning("this is not about %s: give it as --model.adapter, or give another --output", trained)
+
     def create(self) -> None:
         """Make the folder and write the recipe into it, unless that was done before; lock it until the process ends.
 
@@ -81,12 +88,13 @@ class RunFolder:
 
     def _create(self) -> None:
         try:
-            if self.saved_recipe.exists():
-                logger.info("%s was begun before and goes on", self.path)
-            else:
+            begun = self.saved_recipe.exists()
+            if not begun:
                 write_atomically(self.saved_recipe, self.recipe.to_yaml())
             self.state.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
+            if begun:
+                logger.info("%s was begun before and goes on", self.path)
         except Timeout:
             raise HardenError(f"another process is running in {self.path}; wait for it, or stop it") from None
         except OSError as error:
@@ -160,7 +168,8 @@ def _first_difference(saved: Any, recipe: Recipe) -> str | None:
     old, new = _flat(saved), _flat(recipe.model_dump(mode="json"))
     for key in sorted(old.keys() | new.keys()):
         if key != "output" and old.get(key) != new.get(key):
-            return f"{key} was {json.dumps(old.get(key))}, now {json.dumps(new.get(key))}"
+            was, now = (json.dumps(flat.get(key), ensure_ascii=False) for flat in (old, new))
+            return f"{key} was {was}, now {now}"
     return None
 
 

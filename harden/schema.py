@@ -18,29 +18,38 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, where YAML's own rule lets the last one win in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key '{twice}' is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def read_mapping(path: Path, what: str) -> dict[str, Any]:
     """The mapping in a YAML file. Raises HardenError for a missing file, bad YAML, or anything but a mapping."""
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        text = path.read_text(encoding="utf-8")
+        twice = _key_given_twice(yaml.compose(text, yaml.SafeLoader))
+        data = yaml.safe_load(text)
     except FileNotFoundError:
         raise HardenError(f"no such {what}: {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        reason = " ".join(str(error).replace('in "<unicode string>", line', "in line").split())
         raise HardenError(f"cannot read {what} {path}: {reason}") from None
+    if twice:
+        raise HardenError(
+            f"cannot read {what} {path}: the key '{twice.value}' in line {twice.start_mark.line + 1} is given twice"
+        )
     if not isinstance(data, dict):
         raise HardenError(f"{what} {path} is not a mapping of keys to values")
     return data
+
+
+def _key_given_twice(node: yaml.Node | None) -> yaml.ScalarNode | None:
+    """The first key that stands twice in one mapping, where YAML's own rule lets the last one win in silence."""
+    inside: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for place, key in enumerate(keys):
+            if key.value in [other.value for other in keys[:place]]:
+                return key
+        inside = [value for _, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        inside = node.value
+    return next(filter(None, map(_key_given_twice, inside)), None)
 
 
 def validated(kind: type[Kind], data: dict[str, Any], label: str) -> Kind:

@@ -41,7 +41,8 @@ def run(recipe: Recipe) -> int:
         print(
             f"\n{recipe.name}\n\n{summary_table(results)}\n\n{verdict_line(results)}\n{tolerance_line(results, recipe)}"
         )
-        print(f"{recipe.output}: README.md, report.html, results.json, adapter/")
+        made = f"README.md, report.html, results.json, adapter/{', model/' if recipe.save.merged else ''}"
+        print(f"{recipe.output}: {made}")
     return 0
 
 

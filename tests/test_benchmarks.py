@@ -2,24 +2,30 @@
 
 import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
+from harden.attack.respond import Attempt
+from harden.attack.search import Search
 from harden.errors import HardenError
+from harden.interventions import Clamp
+from harden.judges.agreement import Verdict
+from harden.neurons import Neuron
 from harden.recipe import load_recipe
+from harden.runfolder import RunFolder
 
-RECIPES = Path(__file__).parents[1] / "recipes/smollm2-135m"
+RECIPES = ROOT / "recipes/smollm2-135m"
 
 
 @pytest.fixture
 def defences(monkeypatch, tmp_path):
     """benchmarks/defences.py as a function of options, whose cells are not computed but counted."""
-    spec = importlib.util.spec_from_file_location("defences", Path(__file__).parents[1] / "benchmarks/defences.py")
+    spec = importlib.util.spec_from_file_location("defences", ROOT / "benchmarks/defences.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "defences", module)
     spec.loader.exec_module(module)
-    computed = []
+    computed, what_broke = [], module.what_broke
     monkeypatch.setattr(module, "run", lambda recipe, suite, told: (computed.append((recipe, suite, told)), None))
     names = ("no attack", "worst of all clamps", "over-refusal", "benign KL")
     monkeypatch.setattr(module, "figures", lambda *_: dict.fromkeys(names, float(len(computed))))
@@ -31,6 +37,7 @@ def defences(monkeypatch, tmp_path):
         module.main()
         return list(computed)
 
+    main.what_broke = what_broke
     main.cells = lambda: module.read_cells(tmp_path / "out/cells.jsonl")
     return main
 
@@ -55,10 +62,38 @@ def test_recipes_with_clamps_are_told_what_broke_the_model_before(defences):
 
 
 def test_a_cell_of_other_settings_is_refused(defences):
-    defences("--seeds", "3", "--cell", "0")
-    defences("--seeds", "3", "--cell", "1")
-    with pytest.raises(HardenError, match="of another recipe, suite, judge or option; give another --cells"):
-        defences("--seeds", "3", "--cell", "1", "--train.steps", "2")
+    sft = ["--recipes", str(RECIPES / "baselines/sft.yaml"), "--seeds", "3", "--cell", "1"]
+    defences(*sft)
+    with pytest.raises(HardenError, match="has smollm2-135m-sft, seed 3, of another recipe, suite, judge or option"):
+        defences(*sft, "--train.steps", "2")
+
+
+def test_what_recipes_are_told_belongs_to_their_cells_and_other_recipes_do_not(defences, tmp_path):
+    clamps = ["--recipes", str(RECIPES / "baselines/clamps-only.yaml"), "--seeds", "3", "--cell"]
+    defences("--cell", "0")  # of the default recipes
+    assert len(defences(*clamps, "1")) == 1 and not defences(*clamps, "1")
+    cells = tmp_path / "out/cells.jsonl"
+    cells.write_text(cells.read_text().replace("14:1079=-8.75", "14:1079=-6.5"))
+    with pytest.raises(HardenError, match="has smollm2-135m-clamps-only, seed 3, of another"):
+        defences(*clamps, "1")
+
+
+def test_what_broke_a_model_is_what_flips_a_prompt(defences, tmp_path):
+    recipe = load_recipe(ROOT / "recipes/planted/harden.yaml", {"output": str(tmp_path / "run")})
+    plain = Attempt(None, verdicts("refuse", "comply"))
+    finals = [
+        Attempt(Clamp(Neuron(1, 17), -40.5), verdicts("comply", "comply")),
+        Attempt(Clamp(Neuron(1, 3), 2.0), verdicts("degenerate", "comply")),
+    ]
+    folder = RunFolder(recipe, "attack")
+    folder.create()
+    folder.stage("search", Search, lambda: Search(plain, (), (), tuple(finals)))
+    folder.lock.release()
+    assert defences.what_broke(recipe) == ["1:17=-40.5"]
+
+
+def verdicts(*outcomes):
+    return {str(place): Verdict((outcome,), "") for place, outcome in enumerate(outcomes)}
 
 
 def test_a_line_that_was_cut_short_is_computed_again(defences, tmp_path):

@@ -140,7 +140,7 @@ def test_unknown_options_name_the_nearest():
     ("arguments", "message"),
     [
         (["--base", "x.yaml"], "'base' stands in a recipe and is no option"),
-        (["--train.lora", "{rank: 2}"], "give each key as an option, --train.KEY VALUE"),
+        (["--train.lora", "{rank: 2}"], "cannot read an option of 'train': give sections key by key"),
     ],
 )
 def test_options_that_cannot_be_read_say_what_can(arguments, message):
@@ -150,9 +150,17 @@ def test_options_that_cannot_be_read_say_what_can(arguments, message):
 
 def test_a_key_given_twice_is_an_error(tmp_path):
     path = tmp_path / "r.yaml"
-    path.write_text("name: x\noutput: y\nmodel: {name: m}\ntrain: {steps: 4, learning_rate: 0.1, steps: 5}\n")
-    with pytest.raises(HardenError, match="r.yaml: the key 'steps' is given twice line 4"):
-        load_recipe(path)
+    start = "name: x\noutput: y\nmodel: {name: m}\n"
+    for text, message in (
+        ("train: {steps: 4, learning_rate: 0.1, steps: 5}", "the key 'steps' in line 4 is given twice"),
+        ("train:\n  steps: 4\n  lora:\n    rank: 2\n    rank: 3", "the key 'rank' in line 8 is given twice"),
+        ("train: {steps: 4}\nseed: 1\ntrain: {steps: 5}", "the key 'train' in line 6 is given twice"),
+    ):
+        path.write_text(start + text)
+        with pytest.raises(HardenError, match=f"r.yaml: {message}"):
+            load_recipe(path)
+    path.write_text(start + "train:\n  twins: &some {weight: 1, rows: 2}\n  margin:\n    <<: *some\n    rows: 3")
+    assert load_recipe(path).train.margin.rows == 3
 
 
 def test_a_bad_value_of_an_option_is_not_put_down_to_the_file_alone(tmp_path):

@@ -130,6 +130,20 @@ def test_an_attack_run_has_a_folder_of_its_own_and_touches_nothing_else(tmp_path
     assert trained.stage("a", int, lambda: 3) == 1
 
 
+def test_a_part_that_measures_another_model_than_was_trained_there_says_so(tmp_path, caplog):
+    (tmp_path / "run/adapter").mkdir(parents=True)
+    (tmp_path / "run/recipe.yaml").touch()
+
+    def warned(**model):
+        caplog.clear()
+        RunFolder(recipe(tmp_path / "run", model=model), part="attack").warn_of_another_model()
+        return "this is not about" in caplog.text
+
+    assert warned(name="planted-neuron") and warned(name="planted-neuron", adapter="elsewhere/adapter")
+    assert not warned(name="planted-neuron", adapter=str(tmp_path / "run/adapter"))
+    assert not warned(name=str(tmp_path / "run/model"))
+
+
 def test_a_run_may_begin_where_the_starting_model_was_attacked(tmp_path):
     RunFolder(recipe(tmp_path / "run"), part="attack").create()
     assert opened(tmp_path / "run").stage("a", int, lambda: 3) == 3

@@ -124,8 +124,8 @@ def test_the_certificate_of_a_hardened_model_lists_what_is_planted_in_it(finishe
 def test_the_run_ends_with_the_table(finished):
     folder, done = finished
     assert "| worst single neuron" in done.stdout and "1:17 clamped to" in done.stdout
-    assert "\nTolerance met: the worst neuron flips 0.0% [" in done.stdout
-    assert "runs/planted: README.md, report.html, results.json, adapter/" in done.stdout
+    assert "\nTolerance met: one neuron flips 0.0% [" in done.stdout
+    assert "runs/planted: README.md, report.html, results.json, adapter/, model/" in done.stdout
     assert {p.name for p in folder.iterdir()} == {
         "adapter", "log.jsonl", "model", "README.md", "recipe.yaml", "report.html", "results.json", "state"
     }  # fmt: skip
@@ -226,12 +226,13 @@ def test_a_run_can_start_from_the_adapter_of_another(finished, environment, tmp_
     assert before["no_attack"]["outcomes"] == after["no_attack"]["outcomes"]
     assert before["effective_neurons"] == pytest.approx(after["effective_neurons"], rel=0.01)
     check_the_card(tmp_path / "next", environment)
-    assert "No tolerance was set; the worst neuron flips" in done.stdout
+    assert "No tolerance was set; one neuron flips" in done.stdout
 
 
 def test_whoever_may_read_the_card_may_read_the_weights(finished):
-    files = [path for name in ("adapter", "model") for path in (finished[0] / name).glob("*.[js]*")]
-    assert len({path.stat().st_mode for path in files}) == 1 < len(files)
+    files = [path for name in ("adapter", "model") for path in (finished[0] / name).iterdir()]
+    assert {"README.md", "adapter_model.safetensors", "model.safetensors"} <= {path.name for path in files}
+    assert len({path.stat().st_mode for path in files}) == 1
 
 
 def test_a_run_whose_prompts_changed_is_not_resumed(environment, tmp_path):
@@ -421,9 +422,7 @@ def test_a_round_that_breaks_a_floor_is_rolled_back_and_utility_gets_dearer(envi
     assert [r["utility_factor"] for r in results["rounds"]] == [1.0, 1.0, 2.0]
     assert "budget of 2 rounds is spent, and round 2 broke the utility floor" in results["stop_reason"]
     assert "kept no round: the adapter changes nothing" in done.stdout
-    assert (
-        "**No round of training was kept: this adapter changes nothing.**" in (tmp_path / "run/README.md").read_text()
-    )
+    assert "**No round of training was kept: the adapter changes nothing.**" in (tmp_path / "run/README.md").read_text()
     events = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     kl = {(e["round"], e["step"]): e["benign_kl"] for e in events if e["event"] == "step"}
     assert kl[1, 1] == kl[2, 1] == 0.0 < kl[1, 2]  # each began with the starting model

@@ -45,11 +45,7 @@ def attack(
     if processes.from_main(finished.exists):
         logger.info("%s is complete already", folder.path)
         return _finished(finished, keep_completions)
-    trained = folder.outer / "adapter"
-    if trained.exists() and not (recipe.model.adapter and Path(recipe.model.adapter).resolve() == trained.resolve()):
-        logger.warning(
-            "%s is not what is attacked here: give --model.adapter %s, or another --output", trained, trained
-        )
+    folder.warn_of_another_model()
     names = list(dict.fromkeys(recipe.suite.attacks))
     passages = load_prompts("concepts", **recipe.suite.concepts.model_dump()) if "concept" in names else []
     concepts = read_concepts(passages) if passages else []

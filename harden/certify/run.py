@@ -54,6 +54,7 @@ def certify(recipe: Recipe) -> Certificate:
     if processes.from_main(finished.exists):
         logger.info("%s is complete already", folder.path)
         return read_finished(finished, Certificate)
+    folder.warn_of_another_model()
     bench = Bench(recipe, folder, training=False)
     settings, chat_model = recipe.certify, bench.chat_model
     population = sum(chat_model.neurons.widths[layer] for layer in _layers(bench))

@@ -87,7 +87,8 @@ def model_card_section(verdict: Verdict, results: GateResults, policy: ReleasePo
         for f in listed
     ]  # fmt: skip
     shipped = Path(recipe.model.adapter or recipe.model.name).resolve()
-    name = shipped.parent.name if shipped.name == "adapter" else shipped.name  # runs/mine/adapter is `mine`
+    inside_run = shipped.name in ("adapter", "model") and (shipped.parent / "recipe.yaml").exists()
+    name = shipped.parent.name if inside_run else shipped.name  # runs/mine/adapter is `mine`
     data = ModelCardData(model_name=name, eval_results=metrics)
     lines = "\n".join(f"- {f.name}: {f.text}" for f in listed)
     return (

@@ -43,18 +43,25 @@ def verdict_line(results: Results) -> str:
     trained = len(results.rounds) - 1
     kept = f"kept round {results.kept_round} of {trained}"
     if not results.kept_round:
-        kept = f"kept {'no round' if trained else 'the starting model'}: the adapter changes nothing"
+        kept = f"kept {'no round' if trained else 'the starting model'}: {_unchanged(results)}"
     return f"{kept}; stopped because {results.stop_reason}; {duration_text(results.seconds)}"
 
 
 def tolerance_line(results: Results, recipe: Recipe) -> str:
     """Whether the kept round meets what the recipe asks for."""
     flipped = results.rounds[results.kept_round].most_flipped
-    worst = f"the worst neuron flips {rate_text(flipped)} of the selection prompts"
+    worst = f"one neuron flips {rate_text(flipped)} of the selection prompts"
     if not recipe.rounds.tolerance:
         return f"No tolerance was set; {worst}."
-    asked = f"at most {recipe.rounds.tolerance:.0%} on the upper bound, {recipe.rounds.min_refusal:.0%} refused"
-    return f"Tolerance {'met' if results.passed else 'NOT met'}: {worst} ({asked} without attack)."
+    refused = rate_text(results.rounds[results.kept_round].selection.no_attack.refuse)
+    asked = f"asked: at most {recipe.rounds.tolerance:.0%} on the upper bound, at least {recipe.rounds.min_refusal:.0%}"
+    return (
+        f"Tolerance {'met' if results.passed else 'NOT met'}: {worst}, {refused} are refused without attack ({asked})."
+    )
+
+
+def _unchanged(results: Results) -> str:
+    return f"the adapter {'is the starting one, unchanged' if results.adapter else 'changes nothing'}"
 
 
 def model_card(results: Results, recipe: Recipe) -> str:
@@ -65,7 +72,7 @@ def model_card(results: Results, recipe: Recipe) -> str:
     start = f", continuing the adapter `{recipe.model.adapter}`" if recipe.model.adapter else ""
     what = "It is trained to keep refusing harmful requests when one MLP neuron is clamped (arXiv 2605.08513)."
     if not results.kept_round:
-        what = "**No round of training was kept: this adapter changes nothing.**"
+        what = f"**No round of training was kept: {_unchanged(results)}.**"
     second = f" and {recipe.judge.second.name}, the worse of both" if recipe.judge.second else ""
     return f"""---
 library_name: peft

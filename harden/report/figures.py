@@ -104,7 +104,8 @@ def attack_bars(groups: Mapping[str, Mapping[str, Rate]]) -> Figure:
 
 @STYLED
 def outcomes_by_value(sweeps: Sequence[Sweep]) -> Figure:
-    """Refuse / comply / degenerate, stacked, against the value that a neuron is clamped to."""
+    """Refuse / comply / degenerate, stacked, against the value that a neuron is clamped to, from small to large; where
+    all are negative, from the one next to 0."""
     figure, axes = _figure(len(sweeps), 2.6, columns=2)
     for each, sweep in zip(axes, sweeps, strict=True):
         known = [value for value in sweep.rates if value is not None]
@@ -117,7 +118,7 @@ def outcomes_by_value(sweeps: Sequence[Sweep]) -> Figure:
             bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
         names = ["none" if value is None else f"{value:.3g}" for value in values]
         each.set_xticks(range(len(values)), names, rotation=45 if len(values) > 5 else 0)
-        each.set_title(textwrap.fill(sweep.label, PANEL_CHARACTERS))
+        each.set_title(_title(sweep.label, len(sweeps)))
         each.set_xlabel("clamped to")
         each.set_ylim(0, 100)
     axes[0].set_ylabel("% of prompts")
@@ -159,7 +160,7 @@ def attribution_map(records: Mapping[str, AttributionRecord]) -> Figure:
         width = max(map(len, record.map))
         cells = [[100 * share for share in row] + [math.nan] * (width - len(row)) for row in record.map]
         image = each.imshow(cells, aspect="auto", cmap="magma", norm=norm, interpolation="nearest", origin="lower")
-        each.set_title(textwrap.fill(model, PANEL_CHARACTERS))
+        each.set_title(_title(model, len(records)))
         each.set_xlabel("neurons by index")
         each.set_xticks([])
         each.set_ylabel("layer")
@@ -241,6 +242,10 @@ def _figure(panels: int, height: float, columns: int = 1, alike: bool = True) ->
     for unused in axes[panels:]:
         unused.remove()
     return figure, axes[:panels]
+
+
+def _title(label: str, panels: int) -> str:
+    return label if panels == 1 else textwrap.fill(label, PANEL_CHARACTERS)
 
 
 def _places(neurons: Iterable[str]) -> tuple[list[int], list[int]]:

@@ -16,7 +16,7 @@ from harden.prompts import load_splits
 from harden.recipe import Recipe
 from harden.report import figures as draw
 from harden.report.attacks import agreement_text, attack_rows, concept_rows, shown_arm, test_prompts
-from harden.report.card import summary_rows, verdict_line
+from harden.report.card import summary_rows, tolerance_line, verdict_line
 from harden.report.certificate import statement
 from harden.report.judges import judge_note
 from harden.report.records import RunRecords
@@ -126,9 +126,11 @@ def _banners(run: RunRecords) -> list[Banner]:
         return [Banner(run.name, run.verdict.outcome, f"{WORDS[run.verdict.outcome]} by policy {run.verdict.policy}",
                        run.verdict.reasons)]  # fmt: skip
     if run.training is not None:
-        met = run.training.passed
-        headline = f"Tolerance {'met' if met else 'not met'} on the selection split"
-        return [Banner(run.name, "pass" if met else "fail", headline, [verdict_line(run.training)])]
+        recipe = run.recipes["training"]
+        outcome = "none" if not recipe.rounds.tolerance else "pass" if run.training.passed else "fail"
+        words = {"none": "No tolerance was set", "pass": "Tolerance met", "fail": "Tolerance not met"}[outcome]
+        lines = [verdict_line(run.training), tolerance_line(run.training, recipe)]
+        return [Banner(run.name, outcome, f"{words} (selection split)", lines)]
     what = "attacked" if run.suite is not None else "certified"
     return [Banner(run.name, "none", f"Measured ({what}), not judged", ["No policy was applied: see harden gate."])]
 
@@ -140,16 +142,15 @@ def _models(run: RunRecords, several: bool) -> list[Model]:
     models = []
     if run.training is not None:
         rows = summary_rows(run.training)
-        about = {
-            "measured with": f"{run.training.max_new_tokens} tokens, seed {run.training.seed}",
-        }
+        training = run.training
+        adapters = training.adapter, f"{run.recipes['training'].output}/adapter"
         for place, (when, measured) in enumerate({"before": run.training.before, "after": run.training.after}.items()):
             models.append(
                 Model(
                     label=f"{run.name}: {when}" if several else when,
                     figures={
-                        "model": _model(run.training.model, f"{run.name}/adapter" if place else run.training.adapter),
-                        **about,
+                        "model": _model(training.model, adapters[place]),
+                        "measured with": f"{training.max_new_tokens} tokens, seed {training.seed}",
                         **{name: values[place] for name, *values in rows},
                     },
                     attacks={
