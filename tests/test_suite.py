@@ -297,7 +297,7 @@ NO_SERVER += ["--judge.second.model", "m"]
     [
         (["--suite.attacks", "[constant,anker]"], 2, "anker"),
         (["--suite.concepts.path", "none.jsonl"], 2, "no such prompt file: none.jsonl"),
-        (["--model.adapter", "nowhere"], 2, "cannot load adapter 'nowhere'"),
+        (["--model.adapter", "nowhere"], 2, "there is no adapter folder nowhere"),
         (["--attack.sizes", "[0]"], 2, "must not be 0"),
         (["--attack.neurons", "[1:99]"], 2, "neuron 1:99: layer 1 has neurons 0 to 31"),
         (["--attack.neurons", "[planted]"], 2, "'planted' is no neuron address"),
