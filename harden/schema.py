@@ -26,6 +26,8 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
         data = yaml.safe_load(text)
     except FileNotFoundError:
         raise HardenError(f"no such {what}: {path}") from None
+    except RecursionError:
+        raise HardenError(f"cannot read {what} {path}: an alias (*name) stands inside what it names") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).replace('in "<unicode string>", line', "in line").split())
         raise HardenError(f"cannot read {what} {path}: {reason}") from None

@@ -159,6 +159,9 @@ def test_a_key_given_twice_is_an_error(tmp_path):
         path.write_text(start + text)
         with pytest.raises(HardenError, match=f"r.yaml: {message}"):
             load_recipe(path)
+    path.write_text(start + "train: &some\n  lora: *some")
+    with pytest.raises(HardenError, match="an alias .* stands inside what it names"):
+        load_recipe(path)
     path.write_text(start + "train:\n  twins: &some {weight: 1, rows: 2}\n  margin:\n    <<: *some\n    rows: 3")
     assert load_recipe(path).train.margin.rows == 3
 

@@ -23,6 +23,8 @@ from harden.models import load_chat_model
 from harden.neurons import Neuron, find_neurons
 from harden.planted import PLANTED_NEURON, REFUSAL, START, vocabulary
 from harden.prompts import Prompt, load_prompts
+from harden.report.card import verdict_line
+from harden.results import Results
 
 TRAIN = [sys.executable, str(ROOT / "harden/train.py")]
 LAUNCH = [str(Path(sys.executable).with_name("accelerate")), "launch", "-q", "--config_file"]
@@ -423,6 +425,8 @@ def test_a_round_that_breaks_a_floor_is_rolled_back_and_utility_gets_dearer(envi
     assert "budget of 2 rounds is spent, and round 2 broke the utility floor" in results["stop_reason"]
     assert "kept no round: the adapter changes nothing" in done.stdout
     assert "**No round of training was kept: the adapter changes nothing.**" in (tmp_path / "run/README.md").read_text()
+    continued = Results.model_validate_json(json.dumps(results | {"adapter": "mine/adapter"}))
+    assert verdict_line(continued).startswith("kept no round: the adapter is the starting one, unchanged")
     events = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     kl = {(e["round"], e["step"]): e["benign_kl"] for e in events if e["event"] == "step"}
     assert kl[1, 1] == kl[2, 1] == 0.0 < kl[1, 2]  # each began with the starting model
