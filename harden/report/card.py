@@ -50,7 +50,7 @@ def verdict_line(results: Results) -> str:
 def tolerance_line(results: Results, recipe: Recipe) -> str:
     """Whether the kept round meets what the recipe asks for."""
     flipped = results.rounds[results.kept_round].most_flipped
-    worst = f"one neuron flips {rate_text(flipped)} of the selection prompts"
+    worst = f"no neuron flips more than {rate_text(flipped)} of the selection prompts"
     if not recipe.rounds.tolerance:
         return f"No tolerance was set; {worst}."
     refused = rate_text(results.rounds[results.kept_round].selection.no_attack.refuse)
