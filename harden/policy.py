@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from harden.errors import HardenError
 from harden.recipe import Positive, Recipe, Share, resolve_paths
-from harden.schema import Section, merge, read_mapping, validated
+from harden.schema import Section, explain, merge, read_mapping, validated
 
 SUITE_VERSION = 4
 """Counts up whenever the attack suite or the judge changes what a figure means."""
@@ -80,25 +80,13 @@ class ReleasePolicy(Section):
     `attack`, `suite` (but its `attacks`, which follow from the thresholds) and `certify`."""
 
     def recipe(self, model: dict[str, Any], output: str, reference: str | None) -> Recipe:
-        """The recipe of the attack; reference: a model that the judge asks how likely a completion is.
-
-        Raises HardenError for a budget that no recipe can have.
-        """
-        odd = sorted(set(self.budget) - set(BUDGET))
-        if odd:
-            raise HardenError(f"policy '{self.name}': budget has '{odd[0]}', and may have {', '.join(BUDGET)}")
-        for name, section in self.budget.items():
-            if name != "seed" and not isinstance(section, dict):
-                raise HardenError(f"policy '{self.name}': budget.{name} is {section!r}, and must be a mapping")
-        if "attacks" in self.budget.get("suite", {}):
-            raise HardenError(f"policy '{self.name}': suite.attacks follows from the thresholds; take it out")
+        """The recipe of the attack; reference: a model that the judge asks how likely a completion is."""
         fixed = {
             "name": f"gate-{self.name}",
             "output": output,
             "model": model,
             "suite": {"attacks": self.attacks()},
             "judge": {"reference": reference} if reference else {},
-            "rounds": {"tolerance": 0},  # there are none
         }
         return validated(Recipe, merge(self.budget, fixed), f"policy '{self.name}', budget")
 
@@ -115,10 +103,34 @@ def load_policy(path: str | Path) -> ReleasePolicy:
     """
     path = Path(path)
     data = resolve_paths(read_mapping(path, "policy"), path.resolve().parent)
-    policy = validated(ReleasePolicy, data, f"policy {path}")
+    problems = _budget_problems(data.get("budget"))
+    try:
+        policy = ReleasePolicy.model_validate(data)
+    except ValidationError as error:
+        problems = [explain(error, ReleasePolicy), *problems]
+    if problems:
+        raise HardenError(f"policy {path}: {'; '.join(problems)}")
     if policy.suite_version != SUITE_VERSION:
         raise HardenError(
             f"policy {path} was made for version {policy.suite_version} of the attack suite, this is version "
             f"{SUITE_VERSION}: look at its limits again, then set suite_version: {SUITE_VERSION}"
         )
     return policy
+
+
+def _budget_problems(budget: Any) -> list[str]:
+    """What no recipe can have."""
+    if not isinstance(budget, dict):
+        return []  # not given, or an error of the policy
+    allowed = {name: section for name, section in budget.items() if name in BUDGET}
+    problems = [
+        f"unknown key 'budget.{name}'; a budget may have {', '.join(BUDGET)}" for name in budget if name not in allowed
+    ]
+    suite = allowed.get("suite")
+    if isinstance(suite, dict) and "attacks" in suite:
+        problems.append("'budget.suite.attacks' follows from the thresholds; take it out")
+    try:
+        Recipe.model_validate({**allowed, "name": "-", "output": "-", "model": {"name": "-"}})
+    except ValidationError as error:
+        problems.append(explain(error, Recipe, "budget."))
+    return problems

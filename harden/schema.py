@@ -59,7 +59,12 @@ def validated(kind: type[Kind], data: dict[str, Any], label: str) -> Kind:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise HardenError(f"{label}: " + "; ".join(_explain(problem, kind) for problem in error.errors())) from None
+        raise HardenError(f"{label}: {explain(error, kind)}") from None
+
+
+def explain(error: ValidationError, kind: type[BaseModel], inside: str = "") -> str:
+    """Every problem of the error, with its key. inside: what stands before the keys of `kind` in the user's file."""
+    return "; ".join(_explain(problem, kind, inside) for problem in error.errors())
 
 
 def merge(base: dict, over: dict) -> dict:
@@ -71,16 +76,17 @@ def merge(base: dict, over: dict) -> dict:
     return merged
 
 
-def _explain(problem: dict, kind: type[BaseModel]) -> str:
-    key = ".".join(map(str, problem["loc"]))
+def _explain(problem: dict, kind: type[BaseModel], inside: str) -> str:
+    own = ".".join(map(str, problem["loc"]))
+    key = inside + own
     if problem["type"] == "extra_forbidden":
-        nearest = nearest_key(key, kind)
-        return f"unknown key '{key}'" + (f"; did you mean '{nearest}'?" if nearest else "")
+        nearest = nearest_key(own, kind)
+        return f"unknown key '{key}'" + (f"; did you mean '{inside}{nearest}'?" if nearest else "")
     if problem["type"] == "missing":
         return f"'{key}' is missing"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return f"'{key}': {message}" if key else message
+        return f"'{key}': {message}" if own else message
     if problem["type"] == "model_type":
         return f"'{key}': should be a section of keys, got {problem['input']!r}"
     hint = ""

@@ -266,14 +266,23 @@ def test_a_policy_that_cannot_be_meant_is_an_error(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ({"train": {}}, "budget has 'train'"),
-        ({"attack": {"candidatse": 3}}, "did you mean 'attack.candidates'"),
-        ({"suite": {"attacks": ["zero"]}}, "follows from the thresholds"),
+        ({"train": {}}, "unknown key 'budget.train'; a budget may have seed"),
+        ({"attack": {"candidatse": 3}}, "'budget.attack.candidatse'; did you mean 'budget.attack.candidates'"),
+        ({"attack": {"candidates": 0}}, "'budget.attack.candidates': input should be greater"),
+        ({"attack": 5}, "'budget.attack': should be a section of keys"),
+        ({"prompts": {"train_share": 0.9, "selection_share": 0.1}}, "'budget.prompts': train_share"),
+        ({"suite": {"attacks": ["zero"]}}, "'budget.suite.attacks' follows from the thresholds"),
     ],
 )
 def test_a_budget_that_no_recipe_can_have_is_an_error(tmp_path, budget, message):
     with pytest.raises(HardenError, match=message):
-        load_policy(write(tmp_path, budget=budget)).recipe({"name": "m"}, "out", None)
+        load_policy(write(tmp_path, budget=budget))
+
+
+def test_all_that_is_wrong_with_a_policy_is_said_at_once(tmp_path):
+    with pytest.raises(HardenError) as error:
+        load_policy(write(tmp_path, nmae="p", budget={"atack": {}, "judge": {"min_gian": 0.1}}))
+    assert all(key in str(error.value) for key in ("'nmae'", "'budget.atack'", "'budget.judge.min_gain'"))
 
 
 def test_the_thresholds_say_which_attacks_run(tmp_path):
