@@ -50,8 +50,8 @@ from harden.models import ChatModel, load_chat_model
 from harden.neurons import Neuron
 from harden.processes import use_all_cores
 from harden.prompts import load_prompts
-from harden.recipe import JudgeSection
 from harden.results import Rate
+from harden.settings.measuring import JudgeSection
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "harden/data/judge_validation.json"

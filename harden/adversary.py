@@ -29,8 +29,8 @@ from harden.locate.passes import Passes
 from harden.models import ChatModel
 from harden.neurons import Neuron
 from harden.prompts import Prompt
-from harden.recipe import ClampTerm, TrainSection
 from harden.refusal import RefusalPhrases
+from harden.settings.training import ClampTerm, TrainSection
 
 logger = logging.getLogger(__name__)
 

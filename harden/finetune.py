@@ -33,8 +33,8 @@ from harden.objective.refusal import refusal_loss, refusal_rise, shortfall, star
 from harden.objective.rows import Row
 from harden.objective.spread import leverage_loss, spread_loss
 from harden.objective.strength import draw_strong_clamp
-from harden.recipe import TrainSection
 from harden.refusal import RefusalPhrases
+from harden.settings.training import TrainSection
 
 logger = logging.getLogger(__name__)
 

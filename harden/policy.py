@@ -8,8 +8,9 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from harden.errors import HardenError
-from harden.recipe import Positive, Recipe, Share, resolve_paths
+from harden.recipe import Recipe, resolve_paths
 from harden.schema import Section, explain, merge, read_mapping, validated
+from harden.settings.values import Positive, Share
 
 SUITE_VERSION = 4
 """Counts up whenever the attack suite or the judge changes what a figure means."""

@@ -16,8 +16,8 @@ import torch
 from harden.models import load_chat_model
 from harden.planted import planted_prompts, save_planted_model
 from harden.prompts import Prompt
-from harden.recipe import DEFAULT_REFUSAL_PHRASES
 from harden.refusal import RefusalPhrases
+from harden.settings.measuring import DEFAULT_REFUSAL_PHRASES
 
 torch.set_num_threads(1)  # tiny matrices; more threads only wait for each other
 ROOT = Path(__file__).parents[1]

@@ -25,7 +25,7 @@ from harden.judges.classifiers import (
 )
 from harden.judges.endpoint import EndpointJudge
 from harden.judges.loading import load_judge
-from harden.recipe import SecondJudge
+from harden.settings.measuring import SecondJudge
 
 SENTENCE = "how do I pick a lock paint the old bridge mend my clock hide letters under green trees near that river"
 WORDS = SENTENCE.split()

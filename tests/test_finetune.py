@@ -24,7 +24,7 @@ from harden.objective.refusal import shortfall
 from harden.objective.rows import Row
 from harden.objective.strength import draw_strong_clamp
 from harden.planted import ANSWER, PLANTED_NEURON, REFUSAL
-from harden.recipe import TrainSection
+from harden.settings.training import TrainSection
 
 SMALL = {"steps": 6, "learning_rate": 1e-2, "checkpoint_every": 2, "refusal": {"rows": 4}, "benign": {"rows": 2}}
 

@@ -14,6 +14,8 @@ LAYERS = """
 errors
 files
 neurons caches schema
+settings.values
+settings.measuring settings.training
 interventions recipe results processes
 policy
 verdict

@@ -21,8 +21,8 @@ from harden.locate.relp import relevance_rules
 from harden.locate.tail import tail_log_odds
 from harden.neurons import Neuron
 from harden.planted import PLANTED_NEURON
-from harden.recipe import Locator
 from harden.refusal import RefusalPhrases, read_continuations, refusal_log_odds
+from harden.settings.values import Locator
 
 REQUESTS = ["how do i paint a tree", "tell me about the old river and the sea", "what is this"]
 OPENINGS = ["I cannot help", "I will", "Sure"]  # one of several tokens: the phrase pass counts too

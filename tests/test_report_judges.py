@@ -2,10 +2,10 @@ import json
 from importlib import resources
 
 from harden.judges.embedded import RULES
-from harden.recipe import JudgeSection
 from harden.report.judges import judge_note
 from harden.report.tables import rate_text
 from harden.results import Rate
+from harden.settings.measuring import JudgeSection
 
 FIGURES = json.loads(resources.files("harden").joinpath("data", "judge_validation.json").read_text(encoding="utf-8"))
 

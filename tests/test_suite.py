@@ -17,9 +17,11 @@ from harden.attack.suite import ATTACKS
 from harden.errors import HardenError, MeasurementError
 from harden.judges.base import Judgement
 from harden.planted import PLANTED_NEURON
-from harden.recipe import AttackName, JudgeSection, load_recipe
+from harden.recipe import load_recipe
 from harden.results import SuiteResults, holm, mcnemar
 from harden.runfolder import RunFolder
+from harden.settings.measuring import JudgeSection
+from harden.settings.values import AttackName
 
 CONCEPT = "soup|cake"
 

@@ -9,10 +9,11 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from harden.policy import ReleasePolicy
-from harden.recipe import PromptSource, Recipe
+from harden.recipe import Recipe
 from harden.report.attacks import shown_arm
 from harden.report.verdict import HOW_TO_READ, LIMITS, WORDS, verdict_table
 from harden.results import Mean, Rate
+from harden.settings.measuring import PromptSource
 from harden.verdict import GateResults, Verdict
 
 FILES = (".jsonl", ".json", ".csv", ".txt")

@@ -20,7 +20,8 @@ from pathlib import Path
 from harden.entry import command_parser, guarded, start_logging
 from harden.errors import HardenError, MeasurementError
 from harden.policy import ReleasePolicy, load_policy
-from harden.recipe import ModelSection, Recipe
+from harden.recipe import Recipe
+from harden.settings.measuring import ModelSection
 from harden.verdict import GateResults
 
 

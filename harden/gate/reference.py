@@ -12,8 +12,8 @@ from harden.batches import in_batches
 from harden.errors import HardenError, MeasurementError
 from harden.generate import Request, answer_log_probs, complete
 from harden.models import ChatModel, load_chat_model
-from harden.recipe import ModelSection
 from harden.results import Mean
+from harden.settings.measuring import ModelSection
 
 BATCH = 16
 

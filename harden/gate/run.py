@@ -30,12 +30,13 @@ from harden.gate.subject import subject_files
 from harden.judges.embedded import RULES
 from harden.policy import ReleasePolicy
 from harden.prompts import PromptSet, Split, load_splits
-from harden.recipe import ModelSection, Recipe
+from harden.recipe import Recipe
 from harden.report.page import report
 from harden.report.records import RunRecords
 from harden.report.verdict import summary
 from harden.results import Certificate, Mean, SuiteResults
 from harden.runfolder import RunFolder
+from harden.settings.measuring import ModelSection
 from harden.verdict import GateResults, Verdict, decide, regressions, settled
 
 

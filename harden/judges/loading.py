@@ -7,7 +7,7 @@ import torch
 from harden.judges.base import Judge
 from harden.judges.classifiers import ClassifierJudge
 from harden.judges.endpoint import EndpointJudge
-from harden.recipe import SecondJudge
+from harden.settings.measuring import SecondJudge
 
 
 def load_judge(settings: SecondJudge, device: torch.device | str = "cpu") -> Judge:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from importlib import resources
 
-from harden.recipe import JudgeSection
 from harden.report.tables import rate_text
 from harden.results import Rate
+from harden.settings.measuring import JudgeSection
 
 
 def judge_note(judge: JudgeSection) -> str:
