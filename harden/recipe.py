@@ -79,6 +79,12 @@ class Recipe(Section):
         seed = self.seed if prompts.split_seed is None else prompts.split_seed
         return sources, prompts.train_share, prompts.selection_share, seed
 
+    @property
+    def seeds(self) -> str:
+        """The seed, and that of the prompts' division where it is another, for readers."""
+        _, _, _, division = self.division()
+        return f"seed {self.seed}" + (f", prompts divided by {division}" if division != self.seed else "")
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 

@@ -40,6 +40,8 @@ objective.rows
 objective.refusal objective.benign objective.spread objective.ceiling objective.strength
 measure finetune sharding report.card report.figures report.records gate.reference gate.subject
 report.attacks report.certificate report.verdict
+report.columns
+report.charts
 report.page
 report.writing
 gate.evidence gate.cards

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from harden.errors import HardenError
-from harden.recipe import load_recipe, read_overrides
+from harden.recipe import Recipe, load_recipe, read_overrides
 
 ROOT = Path(__file__).parents[1]
 RECIPES = [p for p in sorted((ROOT / "recipes").rglob("*.yaml")) if p.parent.name not in ("accelerate", "gate")]
@@ -234,3 +234,8 @@ def test_every_key_says_what_it_means(capsys):
     bare = [entry for entry in entries if re.fullmatch(r"\S+ (\{.*\}|\S+) \((default: .*|required)\)", entry)]
     assert len(entries) > 150 and bare == []
     assert "seed int Of everything" in listed and listed.count("(required)") == 3  # name, output and model.name
+
+
+def test_readers_are_told_where_the_prompts_are_divided_by_another_seed():
+    recipes = [Recipe.model_validate({**MINIMAL, "seed": 3, "prompts": {"split_seed": seed}}) for seed in (None, 3, 0)]
+    assert [recipe.seeds for recipe in recipes] == ["seed 3", "seed 3", "seed 3, prompts divided by 0"]

@@ -122,7 +122,7 @@ def certificate_card(certificate: Certificate, recipe: Recipe) -> str:
     adapter = f" with the adapter `{c.adapter}`" if c.adapter else ""
     return f"""# {recipe.name}, scanned
 
-`{c.model}`{adapter}, scanned by harden {c.harden_version} with the recipe in `recipe.yaml` (seed {c.seed},
+`{c.model}`{adapter}, scanned by harden {c.harden_version} with the recipe in `recipe.yaml` ({recipe.seeds},
 {duration_text(c.seconds)}).
 
 {certificate_table(c)}

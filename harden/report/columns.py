@@ -1,0 +1,118 @@
+"""The models of a report side by side: a column for each, with its figures as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from harden.report.attacks import shown_arm
+from harden.report.card import summary_rows
+from harden.report.records import RunRecords
+from harden.report.tables import mean_text, rate_text
+from harden.results import AttributionRecord, Rate
+
+Rows = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One model that was measured."""
+
+    label: str
+    figures: Mapping[str, str]
+    attacks: Mapping[str, Rate]
+    attribution: AttributionRecord | None
+
+
+def columns_of(run: RunRecords, several: bool) -> list[Column]:
+    """Those of a run folder: before and after training, and what its suite or certificate measured. several: it
+    stands beside other folders, so labels have its name."""
+    columns = []
+    if run.training is not None:
+        rows = summary_rows(run.training)
+        training = run.training
+        adapters = training.adapter, f"{run.recipes['training'].output}/adapter"
+        for place, (when, measured) in enumerate({"before": run.training.before, "after": run.training.after}.items()):
+            columns.append(
+                Column(
+                    label=f"{run.name}: {when}" if several else when,
+                    figures={
+                        "model": model_name(training.model, adapters[place]),
+                        "measured with": f"{training.max_new_tokens} tokens, {run.recipes['training'].seeds}",
+                        **{name: values[place] for name, *values in rows},
+                    },
+                    attacks={
+                        "none": measured.no_attack.comply,
+                        "clamp (search of rounds)": measured.worst_neuron.comply,
+                    },
+                    attribution=measured.attribution,
+                )
+            )
+    if run.suite is None and run.certificate is None:
+        return columns
+    shown: dict[str, str] = {}
+    attacks: dict[str, Rate] = {}
+    if run.suite is not None:
+        suite, seeds = run.suite, run.recipes["suite"].seeds
+        attacks["none"] = suite.no_attack.comply
+        shown["model"] = model_name(suite.model, suite.adapter)
+        shown["measured with"] = f"{suite.max_new_tokens} tokens, {seeds}, {' and '.join(suite.judges)}"
+        shown["attack success without attack"] = rate_text(suite.no_attack.comply)
+        shown["refused without attack"] = rate_text(suite.no_attack.refuse)
+        for attack in suite.attacks:
+            arm = shown_arm(attack)
+            attacks[attack.attack] = arm.comply
+            if attack.attack == "constant":
+                shown |= {
+                    "worst single neuron": arm.label.removeprefix("clamp ").replace(" ", " clamped to "),
+                    "its attack success": rate_text(arm.comply),
+                    "its degenerate share": rate_text(arm.degenerate),
+                    "union over clamps": f"{rate_text(attack.union)}, {len(attack.arms)} clamps",
+                }
+            else:
+                chosen = "" if attack.tried or len(attack.arms) == 1 else f", worst of {len(attack.arms)} on test"
+                shown[f"attack success, {attack.attack}"] = rate_text(arm.comply) + chosen
+        shown["over-refusal (benign look-alikes)"] = rate_text(suite.over_refusal)
+        if suite.attribution:
+            shown["effective number of neurons"] = f"{suite.attribution.effective_neurons:.0f}"
+    if run.gate is not None and run.gate.benign_kl is not None:
+        shown["benign KL, nats per token"] = mean_text(run.gate.benign_kl)
+    if run.certificate is not None:
+        c = run.certificate
+        shown["model"] = model_name(c.model, c.adapter)
+        shown["neurons that break it (certificate)"] = f"{len(c.breakers)} of {c.first + c.drawn} scanned"
+        shown["missed ones, at most"] = f"{c.most_missed} of {c.neurons - c.first - c.drawn}"
+    label = run.name if several or columns else run.title
+    columns.append(Column(f"{label}: suite" if columns else label, shown, attacks,
+                        run.suite.attribution if run.suite else None))  # fmt: skip
+    return columns
+
+
+def model_name(name: str, adapter: str | None) -> str:
+    return f"{name} + {adapter}" if adapter else name
+
+
+def unlike(runs: Sequence[RunRecords]) -> list[str]:
+    """A warning where figures that stand side by side were not measured alike."""
+    found: dict[str, set] = {"prompts": set(), "judges": set(), "number of new tokens": set()}
+    met: dict[str, set[int]] = {}
+    for run in runs:
+        if run.suite is not None:
+            found["prompts"].add(frozenset(run.suite.no_attack.outcomes))
+            for attack in run.suite.attacks:
+                met.setdefault(attack.attack, set()).add(attack.union.n)
+            found["judges"].add(tuple(run.suite.judges))
+            found["number of new tokens"].add(run.suite.max_new_tokens)
+        if run.training is not None:
+            found["prompts"].add(frozenset(run.training.after.no_attack.outcomes))
+            found["number of new tokens"].add(run.training.max_new_tokens)
+    found |= {f"prompts that {attack} met": sizes for attack, sizes in met.items()}
+    differing = [what for what, values in found.items() if len(values) > 1]
+    return [f"Not measured alike: the columns differ in {', '.join(differing)}."] if differing else []
+
+
+def comparison(columns: Sequence[Column]) -> Rows:
+    """The table, its heading first."""
+    names = dict.fromkeys(name for column in columns for name in column.figures)
+    rows = [[name, *(column.figures.get(name, "–") for column in columns)] for name in names]
+    return [["", *(column.label for column in columns)], *rows]
