@@ -5,17 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from harden import processes
 from harden.batches import in_batches
+from harden.caches import attends_to_all
 from harden.chat import Chat, pad_left
 from harden.interventions import Intervention, intervene
 from harden.models import ChatModel
 from harden.prefill import batch_prompts
+
+STAGE = 4  # new tokens after which completions that have ended leave the batch: a sixth of the time of refusals
 
 
 @dataclass(frozen=True)
@@ -69,27 +73,49 @@ def complete(
 
 
 def _complete_batch(chat_model, batch, max_new_tokens) -> list[Completion]:
-    chat = chat_model.chat
+    chat, model = chat_model.chat, chat_model.model
     interventions = [edits for _, edits in batch]
     prompts = batch_prompts(chat_model, [ids for ids, _ in batch], interventions, more_tokens=max_new_tokens)
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=chat.pad_id,
-        eos_token_id=sorted(chat.eos_ids),
-    )
-    with intervene(chat_model.neurons, interventions):
-        tokens = chat_model.model.generate(
-            **prompts.inputs(),
-            generation_config=config,
-            synced_gpus=processes.sharded(),
+    inputs, stage = prompts.inputs(), max_new_tokens
+    past = inputs.get("past_key_values", DynamicCache(config=model.config))
+    if not processes.sharded() and attends_to_all(model.config, past, prompts.attention_mask.shape[1] + max_new_tokens):
+        inputs["past_key_values"], stage = past, STAGE
+    answers: list[list[int]] = [[] for _ in batch]
+    open_rows, left = list(range(len(batch))), max_new_tokens
+    while open_rows and left:
+        config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=min(stage, left),
+            pad_token_id=min(chat.eos_ids),  # behind what has ended; a clamped model may say chat.pad_id and go on
+            eos_token_id=sorted(chat.eos_ids),
         )
+        with intervene(chat_model.neurons, [interventions[row] for row in open_rows]):
+            tokens = model.generate(**inputs, generation_config=config, synced_gpus=processes.sharded())
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        for row, ids in zip(open_rows, new.tolist(), strict=True):
+            answers[row] += ids
+        left -= config.max_new_tokens
+        going_on = [place for place, row in enumerate(open_rows) if not chat.eos_ids & set(answers[row])]
+        open_rows = [open_rows[place] for place in going_on]
+        if open_rows and left:
+            inputs = _next_inputs(inputs, new, torch.tensor(going_on, device=new.device))
     completions = []
-    for row in tokens[:, prompts.input_ids.shape[1] :].tolist():
+    for row in answers:
         end = next((n for n, token in enumerate(row) if token in chat.eos_ids), None)
         text = chat_model.tokenizer.decode(row[:end], skip_special_tokens=True)
         completions.append(Completion(text.rstrip(), ended=end is not None))
     return completions
+
+
+def _next_inputs(inputs: dict[str, Any], new: torch.Tensor, rows: torch.Tensor) -> dict[str, Any]:
+    """Inputs that go on behind the new tokens, (batch, new), with these rows of the batch."""
+    inputs["past_key_values"].batch_select_indices(rows)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(new)], 1)
+    return inputs | {
+        "input_ids": new[rows, -1:],
+        "attention_mask": mask[rows],
+        "position_ids": inputs["position_ids"][rows, -1:] + new.shape[1],
+    }
 
 
 @torch.no_grad()
