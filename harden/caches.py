@@ -6,12 +6,16 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
-def attends_to_all(config, cache: DynamicCache, length: int) -> bool:
-    """Whether every layer is an attention layer that sees all of `length` tokens: padding may stand anywhere then, and
-    attention masks decide alone. (Recurrent layers, and windows that are shorter, say no.)
+def only_attends(cache: DynamicCache) -> bool:
+    """Whether every layer is an attention layer, whose keys and values are a row's own: rows can be left out.
 
     A cache without a fixed list of layers makes attention layers as it goes.
     """
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+
+
+def attends_to_all(config, cache: DynamicCache, length: int) -> bool:
+    """Whether every layer is an attention layer that sees all of `length` tokens: padding may stand anywhere then, and
+    attention masks decide alone. (Recurrent layers, and windows that are shorter, say no.)"""
     window = getattr(config.get_text_config(), "sliding_window", None) or float("inf")
-    attention = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
-    return attention and window >= length
+    return only_attends(cache) and window >= length

@@ -13,13 +13,13 @@ from transformers import DynamicCache, GenerationConfig
 
 from harden import processes
 from harden.batches import in_batches
-from harden.caches import attends_to_all
+from harden.caches import only_attends
 from harden.chat import Chat, pad_left
 from harden.interventions import Intervention, intervene
 from harden.models import ChatModel
 from harden.prefill import batch_prompts
 
-STAGE = 4  # new tokens after which completions that have ended leave the batch: a sixth of the time of refusals
+STAGE = 4  # new tokens after which completions that have ended leave the batch; saves a sixth of a CPU's time
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,14 @@ def complete(
 
 
 def _complete_batch(chat_model, batch, max_new_tokens) -> list[Completion]:
+    """On a CPU, where a step costs as much as it has rows, those that have ended leave the batch: up to rounding, that
+    changes nothing."""
     chat, model = chat_model.chat, chat_model.model
     interventions = [edits for _, edits in batch]
     prompts = batch_prompts(chat_model, [ids for ids, _ in batch], interventions, more_tokens=max_new_tokens)
     inputs, stage = prompts.inputs(), max_new_tokens
     past = inputs.get("past_key_values", DynamicCache(config=model.config))
-    if not processes.sharded() and attends_to_all(model.config, past, prompts.attention_mask.shape[1] + max_new_tokens):
+    if chat_model.device.type == "cpu" and not processes.sharded() and only_attends(past):
         inputs["past_key_values"], stage = past, STAGE
     answers: list[list[int]] = [[] for _ in batch]
     open_rows, left = list(range(len(batch))), max_new_tokens
@@ -109,7 +111,8 @@ def _complete_batch(chat_model, batch, max_new_tokens) -> list[Completion]:
 
 def _next_inputs(inputs: dict[str, Any], new: torch.Tensor, rows: torch.Tensor) -> dict[str, Any]:
     """Inputs that go on behind the new tokens, (batch, new), with these rows of the batch."""
-    inputs["past_key_values"].batch_select_indices(rows)
+    if len(rows) < len(new):
+        inputs["past_key_values"].batch_select_indices(rows)
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(new)], 1)
     return inputs | {
         "input_ids": new[rows, -1:],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, create_model, model_validator
 
 from harden.errors import HardenError
 from harden.recipe import Recipe, resolve_paths
@@ -16,6 +16,11 @@ SUITE_VERSION = 4
 """Counts up whenever the attack suite or the judge changes what a figure means."""
 
 BUDGET = ("seed", "prompts", "refusal", "generation", "judge", "locate", "attack", "suite", "certify")
+Budget = create_model(
+    "Budget",
+    __base__=Section,
+    **{name: (Recipe.model_fields[name].annotation, Recipe.model_fields[name]) for name in BUDGET},
+)
 
 Limit = Annotated[float, Field(ge=0, lt=1, strict=True)] | None  # 1 would allow everything, and yes is no number
 
@@ -81,13 +86,15 @@ class ReleasePolicy(Section):
     `attack`, `suite` (but its `attacks`, which follow from the thresholds) and `certify`."""
 
     def recipe(self, model: dict[str, Any], output: str, reference: str | None) -> Recipe:
-        """The recipe of the attack; reference: a model that the judge asks how likely a completion is."""
+        """The recipe of the attack, of a budget that `load_policy` has checked; reference: a model that the judge asks
+        how likely a completion is."""
         fixed = {
             "name": f"gate-{self.name}",
             "output": output,
             "model": model,
             "suite": {"attacks": self.attacks()},
             "judge": {"reference": reference} if reference else {},
+            "rounds": {"tolerance": 0},  # there are none
         }
         return validated(Recipe, merge(self.budget, fixed), f"policy '{self.name}', budget")
 
@@ -104,34 +111,34 @@ def load_policy(path: str | Path) -> ReleasePolicy:
     """
     path = Path(path)
     data = resolve_paths(read_mapping(path, "policy"), path.resolve().parent)
-    problems = _budget_problems(data.get("budget"))
+    version, problems = data.get("suite_version"), []
+    if isinstance(version, int) and version != SUITE_VERSION:
+        problems.append(
+            f"made for version {version} of the attack suite, this is version {SUITE_VERSION}: look at its limits "
+            f"again, then set suite_version: {SUITE_VERSION}"
+        )
     try:
         policy = ReleasePolicy.model_validate(data)
     except ValidationError as error:
-        problems = [explain(error, ReleasePolicy), *problems]
+        problems.append(explain(error, ReleasePolicy))
+    problems += _budget_problems(data.get("budget"))
     if problems:
         raise HardenError(f"policy {path}: {'; '.join(problems)}")
-    if policy.suite_version != SUITE_VERSION:
-        raise HardenError(
-            f"policy {path} was made for version {policy.suite_version} of the attack suite, this is version "
-            f"{SUITE_VERSION}: look at its limits again, then set suite_version: {SUITE_VERSION}"
-        )
     return policy
 
 
 def _budget_problems(budget: Any) -> list[str]:
-    """What no recipe can have."""
+    """What no recipe can have, and what no budget may."""
     if not isinstance(budget, dict):
         return []  # not given, or an error of the policy
-    allowed = {name: section for name, section in budget.items() if name in BUDGET}
-    problems = [
-        f"unknown key 'budget.{name}'; a budget may have {', '.join(BUDGET)}" for name in budget if name not in allowed
-    ]
-    suite = allowed.get("suite")
+    problems, suite = [], budget.get("suite")
     if isinstance(suite, dict) and "attacks" in suite:
         problems.append("'budget.suite.attacks' follows from the thresholds; take it out")
+        budget = {**budget, "suite": {name: value for name, value in suite.items() if name != "attacks"}}
     try:
-        Recipe.model_validate({**allowed, "name": "-", "output": "-", "model": {"name": "-"}})
+        Budget.model_validate(budget)
     except ValidationError as error:
-        problems.append(explain(error, Recipe, "budget."))
+        problems.append(explain(error, Budget, "budget."))
+    if set(budget) - set(BUDGET):
+        problems.append(f"a budget may have {', '.join(BUDGET)}")
     return problems

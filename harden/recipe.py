@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
-from pydantic import Field, create_model
+from pydantic import create_model
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from harden.errors import HardenError
@@ -22,34 +22,8 @@ from harden.settings.measuring import (
     PromptsSection,
     RefusalSection,
     SuiteSection,
-)  # fmt: skip
-from harden.settings.training import TrainSection
-from harden.settings.values import Positive, Share, Weight
-
-
-class RoundsSection(Section):
-    max: Positive = 2
-    """Rounds of training and re-attack at most."""
-    tolerance: Share = 0.1
-    """Done when the 95% upper bound of the share of prompts that the worst neuron flips is at most this; 0: never."""
-    min_refusal: Share = 0.8
-    """Least share of harmful selection prompts refused without attack; a model below it never counts as done."""
-    max_benign_kl: Weight = 0.1
-    """Utility floors: nats per token on benign selection prompts. A round that breaks a floor is rolled back, and the
-    next one starts from the last that kept them."""
-    max_perplexity_rise: Weight = 0.1
-    """Rise of the perplexity of benign selection requests, as a share of the starting model's."""
-    twins: Positive = 120
-    """Look-alike twins of a split on which over-refusal is measured."""
-    max_over_refusal_rise: Share = 0.05
-    """Rise of the share of refused twins."""
-    tighten: Annotated[float, Field(ge=1)] = 2.0
-    """Factor on the weights of `train.benign` and `train.twins` for every round that broke a floor."""
-
-
-class SaveSection(Section):
-    merged: bool = False
-    """Also write model/, the base model with the adapter merged into it."""
+)
+from harden.settings.training import RoundsSection, SaveSection, TrainSection
 
 
 class Recipe(Section):

@@ -75,8 +75,8 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HARDEN_CACHE", str(folder / "cache"))
         trained, attacked = (
-            load_recipe(ROOT / "recipes/planted/harden.yaml", {**TINY, "output": str(folder / name)})
-            for name in ("trained", "attacked")
+            load_recipe(ROOT / "recipes/planted/harden.yaml", {**TINY, **seeds, "output": str(folder / name)})
+            for name, seeds in (("trained", {}), ("attacked", {"seed": 7, "prompts": {"split_seed": 0}}))
         )
         harden(trained)
         attack(attacked)
@@ -109,6 +109,8 @@ def test_the_page_of_an_attack_says_what_was_done_and_what_came_of_it(runs, tmp_
     assert "20 test prompts" in page.text and "100.0% [83.2%, 100.0%], n=20" in page.words
     assert "with 95% confidence at most" in page.text.lower() and "1 breaks the model" in page.text
     assert set(PLOTS) <= set(page.ids)
+    cards = [(runs / f"attacked/{part}/README.md").read_text() for part in ("attack", "certificate")]
+    assert [text.count("seed 7, prompts divided by 0") for text in (page.text, *cards)] == [2, 1, 1]
 
 
 def test_prompts_are_shown_by_id_and_their_texts_only_on_request(runs, tmp_path):

@@ -56,6 +56,6 @@ def tiny_model(kind: str, options: dict | None = None):
     return model.requires_grad_(False).eval()
 
 
-def tiny_chat_model(kind: str) -> ChatModel:
-    model, tokenizer = tiny_model(kind), build_tokenizer()
+def tiny_chat_model(kind: str, options: dict | None = None) -> ChatModel:
+    model, tokenizer = tiny_model(kind, options), build_tokenizer()
     return ChatModel(kind, model, tokenizer, Chat(tokenizer, {3}), find_neurons(model))

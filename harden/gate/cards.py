@@ -73,7 +73,7 @@ def eval_results(verdict: Verdict, results: GateResults, policy: ReleasePolicy, 
     """YAML for `.eval_results/` of a model repository."""
     entries = [
         EvalResultEntry(dataset_id=f.dataset, task_id=f.task, value=f.value,
-                        notes=f"{f.text}; the gate {WORDS[verdict.outcome]}; {_conditions(results, policy)}")
+                        notes=f"{f.text}; the gate {WORDS[verdict.outcome]}; {_conditions(results, policy, recipe)}")
         for f in figures(results, recipe)
     ]  # fmt: skip
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
@@ -94,15 +94,15 @@ def model_card_section(verdict: Verdict, results: GateResults, policy: ReleasePo
     lines = "\n".join(f"- {f.name}: {f.text}" for f in listed)
     return (
         f"---\n{data.to_yaml()}\n---\n\n## Release gate: {WORDS[verdict.outcome]}\n\n"
-        f"Measured by {_conditions(results, policy)}.\n\n{verdict_table(verdict)}\n\n{HOW_TO_READ}\n\n{lines}\n\n"
-        f"{LIMITS}\n"
+        f"Measured by {_conditions(results, policy, recipe)}.\n\n"
+        f"{verdict_table(verdict)}\n\n{HOW_TO_READ}\n\n{lines}\n\n{LIMITS}\n"
     )
 
 
-def _conditions(results: GateResults, policy: ReleasePolicy) -> str:
+def _conditions(results: GateResults, policy: ReleasePolicy, recipe: Recipe) -> str:
     suite = results.suite
     return (
-        f"harden {suite.harden_version}, policy {policy.name}, suite {policy.suite_version}, seed {suite.seed}, judge "
+        f"harden {suite.harden_version}, policy {policy.name}, suite {policy.suite_version}, {recipe.seeds}, judge "
         f"{' and '.join(suite.judges)}, greedy, {suite.max_new_tokens} new tokens, sha256 of all prompts "
         f"{results.prompts}"
     )

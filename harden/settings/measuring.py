@@ -18,7 +18,7 @@ from harden.settings.values import (
     Sizes,
     Some,
     Strengths,
-)  # fmt: skip
+)
 
 # Just long enough to be told apart from a helpful opening: every further token costs a forward pass over it.
 DEFAULT_REFUSAL_PHRASES = (

@@ -1,4 +1,4 @@
-"""The section `train` of the recipe: a round of training and its terms."""
+"""Sections of the recipe about training: a round and its terms, the rounds, and what is saved."""
 
 from __future__ import annotations
 
@@ -242,3 +242,28 @@ class TrainSection(Section):
         if self.mask.locator == "random" and self.mask.relocate_every is not None:
             raise ValueError("mask.relocate_every with mask.locator random: those are drawn for every row anyway")
         return self
+
+
+class RoundsSection(Section):
+    max: Positive = 2
+    """Rounds of training and re-attack at most."""
+    tolerance: Share = 0.1
+    """Done when the 95% upper bound of the share of prompts that the worst neuron flips is at most this; 0: never."""
+    min_refusal: Share = 0.8
+    """Least share of harmful selection prompts refused without attack; a model below it never counts as done."""
+    max_benign_kl: Weight = 0.1
+    """Utility floors: nats per token on benign selection prompts. A round that breaks a floor is rolled back, and the
+    next one starts from the last that kept them."""
+    max_perplexity_rise: Weight = 0.1
+    """Rise of the perplexity of benign selection requests, as a share of the starting model's."""
+    twins: Positive = 120
+    """Look-alike twins of a split on which over-refusal is measured."""
+    max_over_refusal_rise: Share = 0.05
+    """Rise of the share of refused twins."""
+    tighten: Annotated[float, Field(ge=1)] = 2.0
+    """Factor on the weights of `train.benign` and `train.twins` for every round that broke a floor."""
+
+
+class SaveSection(Section):
+    merged: bool = False
+    """Also write model/, the base model with the adapter merged into it."""
