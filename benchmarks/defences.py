@@ -14,10 +14,10 @@ all that must be kept to go on elsewhere.
 --jobs N trains and attacks so many at once, each in a process of its own: a small model leaves most of a GPU idle.
 Seconds per step then say nothing.
 
-Prints two Markdown tables, one row per recipe: the mean over the seeds and, in brackets, the least and the most; rates
-and the rise of perplexity in percent, benign KL in nats per token. All figures are of the test split, the same prompts
-for all seeds. Writes OUT/frontier.png: attack success against benign KL and over-refusal. Other plots: `harden report
-OUT/*/seed-0 --plots PLOTS`.
+Prints two Markdown tables of what is finished, at first and after each cell, one row per recipe: the mean over the
+seeds and, in brackets, the least and the most; rates and the rise of perplexity in percent, benign KL in nats per
+token. All figures are of the test split, the same prompts for all seeds. Writes OUT/frontier.png: attack success
+against benign KL and over-refusal. Other plots: `harden report OUT/*/seed-0 --plots PLOTS`.
 """
 
 from __future__ import annotations
@@ -176,15 +176,24 @@ def main() -> int:
     if options.cell is not None:
         compute(options.cell)
         return 0
-    cells: dict[str, list[dict[str, float | None]]] = {}
+    done = {number: cell for number in range(len(places)) if (cell := find(number))}
+    if done:
+        show(done, options.output)
     with ThreadPoolExecutor(max(1, options.jobs)) as pool:
         ready(0)
-        for number in pool.map(ready, range(len(places))):
-            cell = compute(number)
-            cells.setdefault(cell.recipe, []).append(cell.figures)
-            print(f"\n{table(cells)}", flush=True)
-            draw_frontier(cells, options.output / "frontier.png")
+        for number in pool.map(ready, [number for number in range(len(places)) if number not in done]):
+            done[number] = compute(number)
+            show(done, options.output)
     return 0
+
+
+def show(done: dict[int, Cell], output: Path) -> None:
+    """Print the tables of the finished cells, by number, and draw the frontier."""
+    figures: dict[str, list[dict[str, float | None]]] = {}
+    for number in sorted(done):
+        figures.setdefault(done[number].recipe, []).append(done[number].figures)
+    print(f"\n{table(figures)}", flush=True)
+    draw_frontier(figures, output / "frontier.png")
 
 
 def read_cells(path: Path) -> list[Cell]:

@@ -53,6 +53,17 @@ def test_a_finished_cell_is_not_computed_again(defences):
     assert [(cell.recipe, cell.seed) for cell in defences.cells()] == [("start", 0), (recipe.name, 3)]
 
 
+def test_what_is_finished_is_shown_before_the_rest_is_computed(defences, capsys):
+    sft, dropout = (str(RECIPES / f"baselines/{name}.yaml") for name in ("sft", "dropout"))
+    defences("--seeds", "1", "--recipes", sft)
+    assert capsys.readouterr().out.count("| recipe ") == 2 * 2  # two tables after each of two cells
+    assert len(defences("--seeds", "1", "2", "--recipes", sft, dropout)) == 3
+    shown = capsys.readouterr().out.split("\n| recipe ")[1::2]
+    assert len(shown) == 4 and "dropout" not in shown[0] and "sft " in shown[0] and "dropout" in shown[-1]
+    assert not defences("--seeds", "1", "2", "--recipes", sft, dropout)
+    assert capsys.readouterr().out.count("| recipe ") == 2
+
+
 def test_recipes_with_clamps_are_told_what_broke_the_model_before(defences):
     with pytest.raises(HardenError, match="run --cell 0 first"):
         defences("--seeds", "3", "--cell", "1")
