@@ -123,6 +123,7 @@ def test_prompts_are_shown_by_id_and_their_texts_only_on_request(runs, tmp_path)
 
 def test_folders_are_compared_side_by_side(runs, tmp_path):
     page = Page(page_of(tmp_path, runs / "trained", runs / "attacked"))
+    assert "trained: rounds" in page.words and "Rounds" in Page((runs / "trained/report.html").read_text()).words
     columns = ["trained: before", "trained: after", "attacked"]
     first = page.words.index(columns[0])
     assert [word for word in page.words[first:] if word][:3] == columns

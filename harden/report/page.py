@@ -129,17 +129,21 @@ def _banners(run: RunRecords) -> list[Banner]:
 
 
 def _details(run: RunRecords, drawn: dict[str, Figure], place: int, several: bool) -> list[Section]:
-    prefix, tag = (f"{run.name}: ", f"-{place + 1}") if several else ("", "")
+    tag = f"-{place + 1}" if several else ""
     sections = []
+
+    def headed(title: str) -> str:
+        return f"{run.name}: {title}" if several else title.capitalize()
+
     if run.verdict is not None:
-        sections.append(Section(f"{prefix}checks of the policy", [HOW_TO_READ], verdict_rows(run.verdict)))
+        sections.append(Section(headed("checks of the policy"), [HOW_TO_READ], verdict_rows(run.verdict)))
     if run.suite is not None:
         how = _how(run.recipes["suite"], run.suite)
-        sections.append(Section(f"{prefix}what was attacked, and how", [how, ARMS], attack_rows(run.suite)))
+        sections.append(Section(headed("what was attacked, and how"), [how, ARMS], attack_rows(run.suite)))
         if run.suite.concepts:
-            sections.append(Section(f"{prefix}concepts", rows=concept_rows(run.suite)))
+            sections.append(Section(headed("concepts"), rows=concept_rows(run.suite)))
     if run.certificate is not None:
-        sections.append(Section(f"{prefix}certificate", [statement(run.certificate)]))
+        sections.append(Section(headed("certificate"), [statement(run.certificate)]))
         if run.certificate.largest_drops:
             caption = (
                 f"The {len(run.certificate.largest_drops)} of {run.certificate.first + run.certificate.drawn} scanned "
@@ -147,7 +151,7 @@ def _details(run: RunRecords, drawn: dict[str, Figure], place: int, several: boo
                 "each clamp met, exactly computed."
             )
             figure = draw.drop_map(run.certificate)
-            sections += _drawn(f"{prefix}exact drops", [(f"drops{tag}", caption, figure)], drawn)
+            sections += _drawn(headed("exact drops"), [(f"drops{tag}", caption, figure)], drawn)
     if run.training is not None and len(run.training.rounds) > 1:
         measured = [record.selection for record in run.training.rounds]
         series = {
@@ -157,8 +161,8 @@ def _details(run: RunRecords, drawn: dict[str, Figure], place: int, several: boo
         }
         caption = "Round by round on the selection split: each attacked by a fresh search. 95% intervals."
         figure = draw.rounds(series, [m.benign_kl.mean for m in measured])
-        sections += _drawn(f"{prefix}rounds", [(f"rounds{tag}", caption, figure)], drawn)
-        sections.append(Section(f"{prefix}decisions", rows=_decisions(run.training.rounds)))
+        sections += _drawn(headed("rounds"), [(f"rounds{tag}", caption, figure)], drawn)
+        sections.append(Section(headed("decisions"), rows=_decisions(run.training.rounds)))
     return sections
 
 
