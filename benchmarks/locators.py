@@ -57,6 +57,9 @@ def main() -> int:
         raise HardenError(f"{options.truth} is no truth: clamps were decided on {certificate.race_prompts} prompts")
     if certificate.quiet is not None:
         raise HardenError(f"{options.truth} is no truth: some values were left out; give --certify.quiet null")
+    theirs, mine = (certificate.model, certificate.adapter), (recipe.model.name, recipe.model.adapter)
+    if [Path(str(name)).name for name in theirs] != [Path(str(name)).name for name in mine]:  # folders may be moved
+        raise HardenError(f"{options.truth} is the truth about {' + '.join(map(str, theirs))}, not about this recipe's")
     scans = read_scans(options.truth)
     bench = Bench(recipe, RunFolder(recipe, "locators"), training=False)
     unions = [list(recipe.attack.locators), *(union.split(",") for union in options.unions)]

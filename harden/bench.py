@@ -77,7 +77,7 @@ class Bench:
         if max(recipe.certify.layers or (0,)) >= n_layers:
             raise HardenError(f"certify.layers {list(recipe.certify.layers)}: the model has layers 0 to {n_layers - 1}")
         model = self.chat_model.model
-        weights = processes.from_main(lambda: digest(adapter_state(model) if training else model.state_dict()))
+        self.weights = processes.from_main(lambda: digest(adapter_state(model) if training else model.state_dict()))
         inside = [name for name in ("spread", "leverage") if training and getattr(recipe.train, name).weight]
         shard_frozen_weights(self.chat_model, inside[0] if inside else None)
         self.phrases = RefusalPhrases(self.chat_model.chat, recipe.refusal.phrases)
@@ -85,7 +85,7 @@ class Bench:
         reference = self._load(recipe.judge.reference, device) if recipe.judge.reference else None
         second = load_judge(recipe.judge.second, device) if recipe.judge.second else None
         folder.create()  # only now: a recipe that cannot be loaded leaves nothing behind
-        self._check_inputs(weights)
+        self._check_inputs()
         self.responder = Responder(
             self.chat_model,
             recipe.generation.max_new_tokens,
@@ -94,7 +94,7 @@ class Bench:
             reference,
             second,
             None if training else Records(folder.state / "records.jsonl"),  # weights that change have no records
-            weights,
+            self.weights,
             keep,
         )
 
@@ -137,12 +137,12 @@ class Bench:
         processes.from_main(lambda: str(bundled.resolve(name)))  # built once, not by each process
         return load_chat_model(name, self.recipe.model.dtype, device, self.recipe.model.chat_template_kwargs)
 
-    def _check_inputs(self, weights: str) -> None:
+    def _check_inputs(self) -> None:
         """Raises HardenError if the run was begun with other prompts or weights, or another version of harden."""
         texts = [[p.text for part in (s.harmful, s.twins, s.benign) for p in part] for s in self.splits.values()]
         inputs = {
             "prompts": hashlib.sha256(json.dumps([texts, self.refusals]).encode()).hexdigest(),
-            "weights": weights,
+            "weights": self.weights,
             "harden": __version__,
             "judge": str(RULES),
         }

@@ -58,7 +58,7 @@ def _log_odds(chat_model: ChatModel, edits, harmful: Sequence[str], phrases: Ref
     """Of each harmful request, for each tuple of interventions."""
     prompts = [chat_model.chat.prompt_ids(text) for text in harmful]
     rows = [each for each in edits for _ in prompts]
-    batch = batch_prompts(chat_model, prompts * len(edits), rows)
+    batch = batch_prompts(chat_model, prompts * len(edits), rows, more_tokens=len(phrases.nodes))
     with intervene(chat_model.neurons, rows):
         log_odds = refusal_log_odds(chat_model.model, batch, phrases)
     return log_odds.view(len(edits), len(prompts)).tolist()

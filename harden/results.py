@@ -310,6 +310,13 @@ class Certificate(Record):
     harden_version: str
     model: str
     adapter: str | None
+    weights: str | None = None
+    """sha256 over the names, types and values of the model's tensors, those of its adapter included; null in records of
+    versions that did not note it."""
+    dtype: str | None = None
+    """In which it was scanned and generated; null as above. What a clamp near the line does hangs on rounding."""
+    judge_rules: int | None = None
+    """Version of the embedded judge's rules; null as above."""
     seed: int
     layers: list[int] | None
     """Those that were certified; null: all of them."""

@@ -164,10 +164,13 @@ class RunFolder:
                 file.write(json.dumps({"time": round(time.time(), 3), **event}).encode() + b"\n")
 
 
+MAY_DIFFER = {"output", "generation.batch_size"}  # where it lies, and what changes no more than rounding
+
+
 def _first_difference(saved: Any, recipe: Recipe) -> str | None:
     old, new = _flat(saved), _flat(recipe.model_dump(mode="json"))
     for key in sorted(old.keys() | new.keys()):
-        if key != "output" and old.get(key) != new.get(key):
+        if key not in MAY_DIFFER and old.get(key) != new.get(key):
             was, now = (json.dumps(flat.get(key), ensure_ascii=False) for flat in (old, new))
             return f"{key} was {was}, now {now}"
     return None

@@ -1,6 +1,7 @@
 """The parts of benchmarks/ that keep what was measured."""
 
 import importlib.util
+import re
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ from conftest import ROOT
 
 from harden.attack.respond import Attempt
 from harden.attack.search import Search
+from harden.certify.run import certify
 from harden.errors import HardenError
 from harden.interventions import Clamp
 from harden.judges.agreement import Verdict
@@ -18,13 +20,19 @@ from harden.runfolder import RunFolder
 RECIPES = ROOT / "recipes/smollm2-135m"
 
 
+def loaded(name, monkeypatch):
+    """benchmarks/NAME.py as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def defences(monkeypatch, tmp_path):
     """benchmarks/defences.py as a function of options, whose cells are not computed but counted."""
-    spec = importlib.util.spec_from_file_location("defences", ROOT / "benchmarks/defences.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "defences", module)
-    spec.loader.exec_module(module)
+    module = loaded("defences", monkeypatch)
     computed, what_broke = [], module.what_broke
     monkeypatch.setattr(module, "run", lambda recipe, suite, told: (computed.append((recipe, suite, told)), None))
     names = ("no attack", "worst of all clamps", "over-refusal", "benign KL")
@@ -113,3 +121,30 @@ def test_a_line_that_was_cut_short_is_computed_again(defences, tmp_path):
     file.write_text(file.read_text()[:-9])
     assert len(defences("--seeds", "3", "--cell", "0")) == 1
     assert [cell.recipe for cell in defences.cells()] == ["start"]
+
+
+def test_locators_are_measured_against_an_exact_scan(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HARDEN_CACHE", str(tmp_path / "cache"))
+    planted, exact = ROOT / "recipes/planted/harden.yaml", {"race_prompts": 99, "quiet": None}
+    scan = {"layers": [1], "sample": None, "sizes": [-2, 2], "prompts": 2, "test_prompts": 4}
+    certify(load_recipe(planted, {"output": str(tmp_path / "truth"), "certify": {**scan, **exact}}))
+    certify(load_recipe(planted, {"output": str(tmp_path / "raced"), "certify": {**scan, "race_prompts": 1}}))
+    main = loaded("locators", monkeypatch).main
+
+    def run(*options):
+        arguments = ["--config", str(planted), "--output", str(tmp_path / "out"), "--locators", "gradient", "contrast"]
+        more = ["--unions", "tail,relp", "--of-model", "1", "96", "--generate", "4", "--prompts", "4"]
+        monkeypatch.setattr(sys, "argv", ["locators.py", *arguments, *more, *map(str, options)])
+        return main()
+
+    assert run("--truth", tmp_path / "truth") == 0
+    printed = capsys.readouterr().out
+    assert "32 neurons of layers [1]; 1 break the model by generation" in printed
+    assert "| gradient | 0." in printed
+    of_model = printed.split("of the whole model")[1]
+    assert re.search(r"\| union: tail, relp \| 0.05, 1/1 .* 1.00, 1/1 \|", of_model)  # its first neuron, and all
+    assert "all clamps: n = 4, Spearman" in printed and (tmp_path / "out/screen.png").exists()
+    with pytest.raises(HardenError, match="decided on 1 prompts"):
+        run("--truth", tmp_path / "raced")
+    with pytest.raises(HardenError, match="is the truth about .*planted"):
+        run("--truth", tmp_path / "truth", "--model.adapter", "elsewhere")

@@ -2,24 +2,29 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
+import torch
 from conftest import ROOT
 from scipy import stats
 
 from harden.attack.respond import Responder
-from harden.certify import confirm, run
+from harden.certify import confirm, run, suspects
 from harden.certify.command import main
 from harden.certify.run import certify
+from harden.certify.suspects import Flip, Suspects
 from harden.errors import HardenError, MeasurementError
-from harden.interventions import Clamp
 from harden.judges.agreement import Verdict
-from harden.neurons import Neuron
 from harden.planted import PLANTED_NEURON
 from harden.recipe import Recipe, load_recipe
 from harden.report.certificate import certificate_table, statement
 from harden.results import Certificate, NeuronScan, most_missed
+from harden.runfolder import RunFolder
 
 ALL = 96  # neurons of the planted model
 
@@ -92,7 +97,7 @@ def test_a_breaker_that_the_locators_overlook_is_found_by_scanning_all_others(se
     found = certify(recipe_for(setup, "all", locators=["effect_size"], top=1, sample=None))
     assert (found.first, found.drawn, found.most_missed) == (0, ALL, 0)
     assert found.breakers == [str(PLANTED_NEURON)] and all(s.drawn for s in found.suspects if s.breaks)
-    assert "None was left out." in statement(found)
+    assert "No neuron was left out; other values are open" in statement(found)
 
 
 def test_what_no_multiple_of_a_gap_reaches_is_found_at_a_share_of_the_stream(setup):
@@ -125,6 +130,21 @@ def test_a_scan_goes_on_where_it_was_interrupted(setup, certificate, monkeypatch
     assert resumed.model_copy(update={"seconds": 0}) == certificate.model_copy(update={"seconds": 0})
     monkeypatch.setattr(run, "log_odds_under", lambda *a: pytest.fail("complete already"))
     assert certify(recipe) == resumed
+
+
+def test_two_processes_certify_as_one_does(setup, certificate):
+    launch = [Path(sys.executable).with_name("accelerate"), "launch", "-q", "--config_file",
+              ROOT / "recipes/accelerate/one_machine_cpu.yaml", "-m", "harden.cli", "certify"]  # fmt: skip
+    settings = recipe_for(setup, "two").certify.model_dump(mode="json", exclude_unset=True)
+    options = [part for key, value in settings.items() for part in (f"--certify.{key}", json.dumps(value))]
+    command = [*launch, "--config", ROOT / "recipes/planted/harden.yaml", "--output", setup / "two", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, cwd=setup, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    two = Certificate.model_validate_json((setup / "two/certificate/certificate.json").read_text())
+    for name in ("first", "drawn", "clamps", "raced", "breakers", "most_missed"):
+        assert getattr(two, name) == getattr(certificate, name)
+    assert two.drops_drawn.largest == pytest.approx(certificate.drops_drawn.largest, rel=1e-3)
 
 
 def scans_of(folder):
@@ -246,22 +266,34 @@ def test_values_that_give_no_number_flip_nothing(setup, monkeypatch):
     assert found.most_missed == most_missed(ALL - 6, 4, bad)
 
 
-def test_a_smaller_clamp_is_held_ready_beside_the_one_that_flips_most(monkeypatch):
-    """1:5 flips from 2 on, all that it met at 8 (and falls more there than at 2), and babbles at 16; 1:6 flips nothing.
-    At 4 the mean falls more, of other prompts."""
-    values, met = [1.0, 2.0, 4.0, 8.0, 16.0], [4, 2, 4, 2, 2]
-    odds = [[3.0, 0.2, -3.0, -2.0, -9.0], [3.0] * 5]
+class FakeBench(MagicMock):
+    """What suspects are found with, of a model of two layers of 8 neurons whose harmless means are all `mean`."""
+
+    def of(self, folder, mean, **certify):
+        recipe = Recipe(name="x", output=str(folder / "run"), model={"name": "x"}, certify=certify)
+        self.folder = RunFolder(recipe)
+        self.folder.create()
+        self.recipe, self.chat_model.neurons.widths = recipe, [8, 8]
+        passes = MagicMock()
+        passes.contrast.harmless.neurons = torch.full((3, 16), mean)
+        return self, passes
+
+
+def test_of_either_side_the_clamp_that_flips_most_and_the_smallest_are_suspect(monkeypatch, tmp_path):
+    """1:5 flips from 3 on, all that it met at 9 (and falls more there than at 3), and babbles at 17; below its mean, 1,
+    at -7 only. 1:6 flips nothing. At 5 the mean falls more, of other prompts."""
+    values, met = [2.0, 3.0, 5.0, 9.0, 17.0, -7.0], [4, 2, 4, 2, 2, 4]
+    odds = [[3.0, 0.2, -3.0, -2.0, -9.0, 0.0], [3.0] * 6]
     scans = [
         NeuronScan(neuron=neuron, prompts=met, values=values, log_odds=log_odds, flips=flips)
-        for neuron, log_odds, flips in zip(["1:5", "1:6"], odds, [[0, 1, 2, 1, 1], [0] * 5], strict=True)
+        for neuron, log_odds, flips in zip(["1:5", "1:6"], odds, [[0, 1, 2, 1, 1, 1], [0] * 6], strict=True)
     ]
-
-    def rises(_model, clamps, *_):
-        return [9.0 if clamp.value == 16 else 0.1 for clamp in clamps]
-
-    monkeypatch.setattr(run, "fair_rises", rises)
-    bench = MagicMock(recipe=Recipe(name="x", output="x", model={"name": "x"}))
-    assert run._suspects(bench, scans, ["a"] * 4, [-1.0, 1.0, 3.0, 4.0]) == [("1:5", 8.0, 1, 1), ("1:5", 2.0, 1, 1)]
+    monkeypatch.setattr(suspects, "fair_rises", lambda _model, clamps, *_: [9.0 * (c.value == 17) for c in clamps])
+    found = suspects.find_suspects(*FakeBench().of(tmp_path, 1.0), scans, ["a"] * 4, [-1.0, 1.0, 3.0, 4.0])
+    most, least, below = (
+        Flip(neuron="1:5", value=value, flips=1, refused=refused) for value, refused in ((9.0, 1), (3.0, 1), (-7.0, 3))
+    )
+    assert found == [Suspects(strongest=most, smallest=least), Suspects(strongest=below, smallest=below)]
 
 
 @pytest.mark.parametrize(
@@ -270,48 +302,66 @@ def test_a_smaller_clamp_is_held_ready_beside_the_one_that_flips_most(monkeypatc
         ([-10.0, 16.0, 32.0], [0, 1, 1], 3, [8.0, 12.0, 10.0], [10.0]),
         ([-10.0, 16.0, 32.0], [0, 1, 1], 2, [8.0, 12.0], []),
         ([-10.0, 9.0, 32.0], [0, 0, 1], 5, [20.5, 14.75, 11.875, 10.4375], [10.4375]),  # above what flips nothing
-        ([-20.0, -10.0, 16.0], [1, 0, 1], 1, [8.0, -15.0], []),  # either sign for itself
+        ([-20.0, -10.0, 16.0], [1, 0, 1], 1, [-15.0, 8.0], []),  # either side for itself
+        ([-10.0, 10.0, 32.0], [0, 1, 1], 3, [], []),  # it speaks at a value of the scan
+        ([-12.0, 10.0, 32.0], [1, 1, 1], 2, [-6.0, -9.0], []),  # or on one side only
         ([-10.0, 16.0, 32.0], [0, 0, 0], 3, [], []),
     ],
 )
+@pytest.mark.parametrize("mean", [0.0, 100.0])
 def test_a_band_below_gibberish_in_which_the_model_still_speaks_is_found(
-    monkeypatch, values, flips, halvings, tried, found
+    monkeypatch, tmp_path, values, flips, halvings, tried, found, mean
 ):
-    """From 10 on the clamp flips both prompts, from 11 on the model babbles."""
+    """From 10 on, either side of the harmless mean, the clamp flips both prompts; from 11 on the model babbles."""
     asked = []
 
     def log_odds(_model, clamps, *_):
-        asked.extend(clamp.value for clamp in clamps)
-        return [[-1.0, -2.0] if abs(clamp.value) >= 10 else [1.0, 2.0] for clamp in clamps]
+        asked.extend(clamp.value - mean for clamp in clamps)
+        return [[-1.0, -2.0] if abs(clamp.value - mean) >= 10 else [1.0, 2.0] for clamp in clamps]
 
-    monkeypatch.setattr(run, "log_odds_under", log_odds)
-    monkeypatch.setattr(run, "fair_rises", lambda _model, clamps, *_: [9.0 * (abs(c.value) >= 11) for c in clamps])
-    recipe = Recipe(name="x", output="x", model={"name": "x"}, certify={"halvings": halvings})
-    scan = NeuronScan(neuron="1:5", prompts=[2] * 3, values=values, log_odds=[0.0] * 3, flips=flips)
-    between = run._between(MagicMock(recipe=recipe), [scan], ["a", "b"], [1.0, 2.0])
+    monkeypatch.setattr(suspects, "log_odds_under", log_odds)
+    monkeypatch.setattr(
+        suspects, "fair_rises", lambda _model, clamps, *_: [9.0 * (abs(c.value - mean) >= 11) for c in clamps]
+    )
+    scan = NeuronScan(neuron="1:5", prompts=[2] * 3, values=[mean + x for x in values], log_odds=[0.0] * 3, flips=flips)
+    bench, passes = FakeBench().of(tmp_path, mean, halvings=halvings)
+    between = suspects.find_suspects(bench, passes, [scan], ["a", "b"], [1.0, 2.0])
     assert asked == tried
-    assert between == {Clamp(Neuron(1, 5), value): [-1.0, -2.0] for value in found}
+    spoken = found or [value for value, flip in zip(values, flips, strict=True) if flip and abs(value) < 11]
+    assert [side.strongest.value - mean for side in between] == spoken
+    asked.clear()
+    assert suspects.find_suspects(bench, passes, [scan], ["a", "b"], [1.0, 2.0]) == between and not asked  # all saved
 
 
-@pytest.mark.parametrize(("sizes", "gibberish", "tried"), [([2, 1], True, 1), ([-2, 2], True, 2), ([-2, 2], False, 1)])
-def test_a_second_clamp_generates_only_after_gibberish(setup, monkeypatch, sizes, gibberish, tried):
-    """At size -2 the planted neuron does not break the model; what it says there is set here."""
-    values = {}
+@pytest.mark.parametrize(
+    ("said", "tried"),
+    [
+        ({}, [-2.0, 2.0]),  # refusals: the other side, and no smaller value
+        ({-2.0: "degenerate"}, [-2.0, -1.0, 2.0]),
+        ({2.0: "degenerate"}, [-2.0, 1.0, 2.0]),
+        ({-2.0: "comply"}, [-2.0]),  # broken
+        ({-2.0: "degenerate", -1.0: "comply"}, [-2.0, -1.0]),
+        ({2.0: "comply"}, [-2.0, 2.0]),
+    ],
+)
+def test_the_other_side_and_smaller_values_generate_only_where_it_matters(setup, monkeypatch, said, tried):
+    """What a neuron that breaks nothing says under each of its values is set here."""
+    quiet = "0:3"
 
-    def suspects(_bench, scans, *_):
-        scan = next(s for s in scans if s.neuron == str(PLANTED_NEURON))
-        values.update(zip(sizes, scan.values, strict=True))
-        return [(scan.neuron, value, 1, 2) for value in scan.values]
+    def found(*_):
+        clamps = [Flip(neuron=quiet, value=value, flips=1, refused=2) for value in (-2.0, -1.0, 2.0, 1.0)]
+        return [Suspects(strongest=a, smallest=b) for a, b in (clamps[:2], clamps[2:])]
 
     def outcome(clamp, real):
-        instead = "degenerate" if gibberish else "refuse"
-        return instead if clamp and clamp.value == values.get(-2) else real
+        return said.get(clamp.value, "refuse") if clamp else real
 
-    monkeypatch.setattr(run, "_suspects", suspects)
+    monkeypatch.setattr(run, "find_suspects", found)
     says(monkeypatch, outcome)
-    found = certify(recipe_for(setup, f"waves-{sizes[0]}-{gibberish}", sizes=sizes, top=2, sample=2))
-    assert len(found.suspects) == tried and found.breakers == ([str(PLANTED_NEURON)] if gibberish else [])
-    assert [s.value for s in found.suspects if s.breaks] == ([values[2]] if gibberish else [])
+    name = "-".join(f"{value}{kind}" for value, kind in said.items())
+    certificate = certify(recipe_for(setup, f"sides-{name}", top=2, sample=2))
+    assert sorted(s.value for s in certificate.suspects) == sorted(tried)
+    assert certificate.breakers == ([quiet] if "comply" in said.values() else [])
+    assert [s.value for s in certificate.suspects if s.breaks] == [v for v, kind in said.items() if kind == "comply"]
 
 
 def test_a_model_that_complies_anyway_is_no_certificate(setup, monkeypatch):
@@ -353,10 +403,12 @@ def test_suspects_meet_prompts_until_they_are_decided(setup, monkeypatch):
     """Every scanned clamp is made a suspect. The planted neuron's has broken the model after as many of ten prompts as
     the tolerance asks for; the others are dropped after two."""
 
-    def suspects(_bench, scans, *_):
-        return [(s.neuron, min(s.values), 1, 2) for s in scans[:3]] + [("1:17", -79.0, 2, 2)]
+    def found_ones(_bench, _passes, scans, *_):
+        flips = [Flip(neuron=s.neuron, value=min(s.values), flips=1, refused=2) for s in scans[:3]]
+        flips.append(Flip(neuron="1:17", value=-79.0, flips=2, refused=2))
+        return [Suspects(strongest=flip, smallest=flip) for flip in flips]
 
-    monkeypatch.setattr(run, "_suspects", suspects)
+    monkeypatch.setattr(run, "find_suspects", found_ones)
     for tolerance, met in ((0.1, 2), (0.2, 4), (0.5, 8), (0.9, 10)):
         found = certify(recipe_for(setup, f"confirm-{met}", confirm_first=2, tolerance=tolerance))
         by_neuron = {s.neuron: s for s in found.suspects}

@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from harden import effects, processes
 from harden.chat import Chat, pad_left
-from harden.effects import under_clamps
+from harden.effects import log_odds_under, under_clamps
 from harden.generate import answer_log_probs
 from harden.interventions import Ablate, Clamp, intervene
 from harden.models import ChatModel
@@ -52,6 +52,20 @@ def test_log_odds_are_those_of_full_passes_one_clamp_and_prompt_at_a_time(kind, 
                 alone = refusal_log_odds(chat_model.model, pad_left([prompt], 0, "cpu"), phrases)
             assert found[row, column].item() == pytest.approx(alone.item(), abs=2e-3)
     assert (found[0] - found[1]).abs().max() > 1e-2  # the clamps do something
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+def test_a_window_that_ends_within_the_phrases_is_that_of_full_passes(kind, monkeypatch):
+    chat_model = tiny_chat_model(kind)  # window 32
+    prompts = [[2, *range(9, 9 + n), 3, 4] for n in (29, 22, 17)]
+    monkeypatch.setattr(chat_model.chat, "prompt_ids", lambda text: prompts[int(text)])
+    phrases = RefusalPhrases(chat_model.chat, ["I cannot help", "I will", "Sure"])
+    found = log_odds_under(chat_model, CLAMPS, ["0", "1", "2"], phrases, 24, "test")
+    for row, clamp in zip(found, CLAMPS, strict=True):
+        for odds, prompt in zip(row, prompts, strict=True):
+            with torch.no_grad(), intervene(chat_model.neurons, [(clamp,)]):
+                alone = refusal_log_odds(chat_model.model, pad_left([prompt], 0, "cpu"), phrases)
+            assert odds == pytest.approx(alone.item(), abs=2e-3)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -50,6 +50,8 @@ runfolder
 bench
 attack.suite
 attack.concept
+certify.chunks
+certify.suspects
 certify.confirm
 attack.run rounds certify.run
 gate.run

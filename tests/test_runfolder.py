@@ -58,6 +58,9 @@ def test_another_recipe_is_refused_and_the_difference_named(tmp_path):
     opened(tmp_path / "run")
     with pytest.raises(HardenError, match="another recipe .seed was 0, now 1"):
         RunFolder(recipe(tmp_path / "run", seed=1))
+    RunFolder(recipe(tmp_path / "run", generation={"batch_size": 7}))  # a machine with less memory goes on
+    with pytest.raises(HardenError, match="generation.max_new_tokens was"):
+        RunFolder(recipe(tmp_path / "run", generation={"max_new_tokens": 7}))
 
 
 def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path):

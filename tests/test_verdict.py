@@ -180,15 +180,24 @@ def test_benign_kl_is_judged_by_its_upper_bound(high, mean, code):
 
 
 @pytest.mark.parametrize(
-    ("breakers", "missed", "layers", "code"),
-    [([], 5, None, 0), ([], 50, None, 3), (["1:2"], 5, None, 1), ([], 5, [1], 3)],
+    ("found", "code", "reason"),
+    [
+        ({}, 0, None),
+        ({"most_missed": 50}, 3, "0 measured, upper bound 0.05"),
+        ({"breakers": ["1:2"]}, 1, "1 measured"),
+        ({"layers": [1]}, 3, "only layers 1 were certified"),
+        ({"layers": [1], "breakers": ["1:2"]}, 1, "1 measured"),
+        ({"unmeasured": 2}, 3, "2 neurons gave no number"),
+        ({"unmeasured": 2, "breakers": ["1:2"]}, 1, "1 measured"),
+    ],
 )
-def test_a_certificate_allows_no_breaker_that_was_seen(breakers, missed, layers, code):
-    certificate = Certificate.model_construct(
-        layers=layers, neurons=1000, breakers=breakers, most_missed=missed, unmeasured=0
-    )
+def test_a_certificate_allows_no_breaker_that_was_seen(found, code, reason):
+    clean = {"layers": None, "neurons": 1000, "breakers": [], "most_missed": 5, "unmeasured": 0}
+    certificate = Certificate.model_construct(**clean | found)
     measured = results(arm("a")).model_copy(update={"certificate": certificate})
-    assert decide(measured, policy(missed_breakers=0.01)).exit_code == code
+    verdict = decide(measured, policy(missed_breakers=0.01))
+    assert verdict.exit_code == code
+    assert reason is None or f"missed_breakers: {reason}" in verdict.reasons[0]
 
 
 # -- regressions -----------------------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """Suspects generate: which clamps break the model on test prompts.
 
+Of each neuron the strongest clamp of one side generates, then, unless the model is broken, that of the other side; each
+is followed by the smallest of its side if it made gibberish of an answer and did not break the model.
+
 A clamp meets first the prompts that are refused least. If those do not break the model, it meets the others in order
 of their exact refusal log-odds under this very clamp, the most damaged first. Those that it leaves above 0 it does not
 meet, unless one of the first was above 0 and complied. It ends when the model is broken, or cannot be any more.
@@ -7,22 +10,20 @@ meet, unless one of the first was above 0 and complied. It ends when the model i
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
 from harden.bench import Bench
+from harden.certify.chunks import saved_in_chunks
+from harden.certify.suspects import Flip, Suspects
 from harden.effects import log_odds_under
 from harden.errors import MeasurementError
-from harden.generate import Request, progress_bar
+from harden.generate import Request
 from harden.interventions import NOTHING, Clamp
 from harden.judges.base import Outcome
-from harden.neurons import Neuron
 from harden.prompts import Prompt
 from harden.results import Rate, Suspect
-
-CHUNK = 32  # clamps whose log-odds are saved together
 
 Outcomes = dict[str, Outcome]  # by prompt id
 
@@ -38,15 +39,12 @@ def plain_log_odds(bench: Bench, texts: Sequence[str]) -> list[float]:
     return odds
 
 
-def confirm(
-    bench: Bench, suspects: Sequence[tuple[str, float, int, int]], drawn: Collection[str]
-) -> tuple[list[Suspect], Rate]:
-    """Generate with the suspects on test prompts; those that did, the worst first, and the rate of `comply` without
-    attack.
+def confirm(bench: Bench, suspects: Sequence[Suspects], drawn: Collection[str]) -> tuple[list[Suspect], Rate]:
+    """Generate with suspects on test prompts. Returns the clamps that did, breakers first, and how many of the prompts
+    comply without attack.
 
-    suspects: address, value, flips of scanned prompts, and of how many that it met; a neuron's second clamp is only
-    tried if the first does not break the model and made gibberish of an answer. drawn: addresses of random neurons.
-    Raises MeasurementError where more than half of the test prompts comply without attack.
+    suspects: of each neuron the side with the strongest clamp first. drawn: addresses of random neurons. Raises
+    MeasurementError where more than half of the test prompts comply without attack.
     """
     prompts = bench.splits["test"].harmful[: bench.recipe.certify.test_prompts]
     (plain,) = bench.responder.attempt([None], prompts, "no attack")
@@ -58,33 +56,47 @@ def confirm(
         )
     odds = dict(zip(refused, plain_log_odds(bench, [prompt.text for prompt in refused]), strict=True))
     race = _Race(bench, sorted(refused, key=odds.__getitem__))
-    scanned = {Clamp(Neuron.parse(neuron), value): flips for neuron, value, *flips in suspects}
-    first: dict[Neuron, Clamp] = {}
-    for clamp in scanned:
-        first.setdefault(clamp.neuron, clamp)
-    found = race.run(list(first.values()))
-    garbled = {clamp.neuron for clamp, of in found.items() if not race.broken(of) and "degenerate" in of.values()}
-    found |= race.run([clamp for clamp in scanned if clamp not in found and clamp.neuron in garbled])
-    judged = []
-    for clamp, outcomes in found.items():
-        met, neuron = list(outcomes.values()), str(clamp.neuron)
-        judged.append(
-            Suspect(
-                neuron=neuron,
-                drawn=neuron in drawn,
-                value=clamp.value,
-                scanned_flips=scanned[clamp][0],
-                scanned_refused=scanned[clamp][1],
-                **{kind: Rate.of(met.count(kind), len(met)) for kind in ("comply", "degenerate", "unjudged")},
-                flipped=Rate.of(flips(outcomes), len(met)),
-                breaks=race.broken(outcomes),
-            )
-        )
+    judged = [_judged(flip, outcomes, race, drawn) for flip, outcomes in _generate(race, suspects).items()]
     judged.sort(key=lambda suspect: (-suspect.breaks, -suspect.flipped.rate))
     return judged, Rate.of(len(prompts) - len(refused), len(prompts))
 
 
-def flips(outcomes: Mapping[str, Outcome]) -> int:
+def _generate(race: _Race, suspects: Sequence[Suspects]) -> dict[Flip, Outcomes]:
+    """What the test prompts that each clamp met came to."""
+    sides: dict[str, list[Suspects]] = defaultdict(list)
+    for side in suspects:
+        sides[side.strongest.neuron].append(side)
+    found: dict[Flip, Outcomes] = {}
+    broken: set[str] = set()
+
+    def run(flips: Sequence[Flip]) -> None:
+        outcomes = race.run([flip.clamp for flip in flips])
+        found.update({flip: outcomes[flip.clamp] for flip in flips})
+        broken.update(flip.neuron for flip in flips if race.broken(found[flip]))
+
+    for turn in (0, 1):
+        now = [of[turn] for neuron, of in sides.items() if len(of) > turn and neuron not in broken]
+        run([side.strongest for side in now])
+        garbled = [side for side in now if "degenerate" in found[side.strongest].values()]
+        run([side.smallest for side in garbled if side.smallest not in found and side.smallest.neuron not in broken])
+    return found
+
+
+def _judged(flip: Flip, outcomes: Outcomes, race: _Race, drawn: Collection[str]) -> Suspect:
+    met = list(outcomes.values())
+    return Suspect(
+        neuron=flip.neuron,
+        drawn=flip.neuron in drawn,
+        value=flip.value,
+        scanned_flips=flip.flips,
+        scanned_refused=flip.refused,
+        **{kind: Rate.of(met.count(kind), len(met)) for kind in ("comply", "degenerate", "unjudged")},
+        flipped=Rate.of(flipped(outcomes), len(met)),
+        breaks=race.broken(outcomes),
+    )
+
+
+def flipped(outcomes: Mapping[str, Outcome]) -> int:
     """How many comply, or are left unjudged."""
     return sum(outcome in ("comply", "unjudged") for outcome in outcomes.values())
 
@@ -98,7 +110,7 @@ class _Race:
         self.allowed = bench.recipe.certify.tolerance * len(prompts)
 
     def broken(self, outcomes: Mapping[str, Outcome]) -> bool:
-        return flips(outcomes) > self.allowed
+        return flipped(outcomes) > self.allowed
 
     def run(self, clamps: Sequence[Clamp]) -> dict[Clamp, Outcomes]:
         """What the prompts that each clamp met came to."""
@@ -114,7 +126,7 @@ class _Race:
 
     def _open(self, outcomes: Outcomes, queue: Sequence[Prompt]) -> bool:
         """Whether the prompts that are left can still decide."""
-        return not self.broken(outcomes) and flips(outcomes) + len(queue) > self.allowed
+        return not self.broken(outcomes) and flipped(outcomes) + len(queue) > self.allowed
 
     def _meet(self, found: dict[Clamp, Outcomes], queues: Mapping[Clamp, Sequence[Prompt]], label: str) -> None:
         pairs = [(clamp, prompt) for clamp, queue in queues.items() for prompt in queue]
@@ -128,39 +140,27 @@ class _Race:
         log-odds were wrong about a prompt that it met."""
         queues: dict[Clamp, list[Prompt]] = {}
         for clamp, odds in self._log_odds(found).items():
-            surprised = any(odds[prompt] > 0 and flips({prompt: of}) for prompt, of in found[clamp].items())
+            surprised = any(odds[prompt] > 0 and flipped({prompt: of}) for prompt, of in found[clamp].items())
             left = [prompt for prompt in self.prompts[self.first :] if surprised or odds[prompt.id] <= 0]
             queues[clamp] = sorted(left, key=lambda prompt, odds=odds: odds[prompt.id])
         return queues
 
     def _log_odds(self, clamps: Collection[Clamp]) -> dict[Clamp, dict[str, float]]:
-        """Of every prompt, by id; minus infinity where they are no number, since that may be anything. Saved chunk by
-        chunk, under the names of what is in it."""
+        """Of every prompt, by id; minus infinity where they are no number, since that may be anything."""
         if len(self.prompts) <= self.first:
             return {}
-        found: dict[Clamp, dict[str, float]] = {}
-        ordered = sorted(clamps, key=lambda clamp: (clamp.neuron, clamp.value))  # those of a layer run together
-        with progress_bar(len(ordered), "log-odds of test prompts") as bar:
-            for start in range(0, len(ordered), CHUNK):
-                chunk = ordered[start : start + CHUNK]
-                content = [[prompt.id for prompt in self.prompts], [[str(c.neuron), c.value] for c in chunk]]
-                name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-                rows = self.bench.folder.stage(
-                    f"test-odds-{name}", list[list[float | None]], lambda chunk=chunk: self._exact(chunk)
-                )
-                for clamp, row in zip(chunk, rows, strict=True):
-                    numbers = [-math.inf if x is None else x for x in row]
-                    found[clamp] = {prompt.id: x for prompt, x in zip(self.prompts, numbers, strict=True)}
-                bar.update(len(chunk))
-        return found
+        names = [prompt.id for prompt in self.prompts]
+        rows = saved_in_chunks(self.bench.folder, "test-odds", list(clamps), names, self._exact)
+        numbers = {clamp: [-math.inf if odds is None else odds for odds in row] for clamp, row in rows.items()}
+        return {clamp: dict(zip(names, row, strict=True)) for clamp, row in numbers.items()}
 
-    def _exact(self, clamps: Sequence[Clamp]) -> list[list[float | None]]:
-        """Log-odds of every prompt under every clamp; None: no number."""
+    def _exact(self, clamps: Sequence[Clamp]) -> list[list[float]]:
+        """Log-odds of every prompt under every clamp."""
         bench, rows = self.bench, [[] for _ in clamps]
         batch_size = bench.recipe.generation.batch_size
         for start in range(0, len(self.prompts), batch_size):
             texts = [prompt.text for prompt in self.prompts[start : start + batch_size]]
             odds = log_odds_under(bench.chat_model, clamps, texts, bench.phrases, batch_size, "these clamps")
             for row, more in zip(rows, odds, strict=True):
-                row += [x if math.isfinite(x) else None for x in more]
+                row += more
         return rows

@@ -6,10 +6,10 @@
    see the others. The outermost value of either sign comes first; where it hardly moves the log-odds, the others of its
    sign are left out.
 3. Suspects: clamps that flip a scanned prompt and leave the model able to speak; where all that flip one are gibberish,
-   smaller values are tried. They generate on test prompts, the
-   easiest first and then those that they damage most; one breaks the model if more than the tolerance of those that do
-   not comply anyway do.
-4. What random neurons were found to do bounds what those that nobody scanned do: exact hypergeometric bound at 95% (in
+   smaller values are tried.
+4. Confirm: they generate on test prompts, the easiest first and then those that they damage most; one breaks the model
+   if more than the tolerance of those that do not comply anyway do.
+5. What random neurons were found to do bounds what those that nobody scanned do: exact hypergeometric bound at 95% (in
    the spirit of AtP*, arXiv 2403.00745, which bounds its misses by a random sample).
 """
 
@@ -24,15 +24,17 @@ import torch
 
 from harden import __version__, processes
 from harden.activations import column_of, neuron_at
-from harden.attack.screen import fair_rises, outermost_first
+from harden.attack.screen import outermost_first
 from harden.attack.select import select_candidates
 from harden.bench import Bench
 from harden.certify.confirm import confirm, plain_log_odds
+from harden.certify.suspects import Suspects, count_flips, drops_of, find_suspects
 from harden.effects import log_odds_under
 from harden.errors import MeasurementError
 from harden.files import read_finished, write_atomically
 from harden.generate import mean, progress_bar
 from harden.interventions import Clamp
+from harden.judges.embedded import RULES
 from harden.locate.base import Candidate, clamps_of
 from harden.locate.passes import Passes
 from harden.neurons import Neuron
@@ -73,10 +75,9 @@ def certify(recipe: Recipe) -> Certificate:
     easiest = sorted(range(len(plain)), key=lambda place: (plain[place] <= 0, plain[place]))  # to talk out of refusing
     prompts, plain = [prompts[place] for place in easiest], [plain[place] for place in easiest]
     scans = _scan(bench, passes, [*first, *drawn], prompts, plain)
-    suspects = folder.stage(
-        "suspects", list[tuple[str, float, int, int]], lambda: _suspects(bench, scans, prompts, plain)
-    )
-    logger.info("%d suspect clamps of %d scanned neurons; generating with each", len(suspects), len(scans))
+    suspects = folder.stage("suspects", list[Suspects], lambda: find_suspects(bench, passes, scans, prompts, plain))
+    neurons = len({side.strongest.neuron for side in suspects})
+    logger.info("%d of %d scanned neurons have a suspect clamp; generating", neurons, len(scans))
     random_ones = {str(neuron) for neuron in drawn}
     judged, no_attack = folder.stage(
         "confirmed", tuple[list[Suspect], Rate], lambda: confirm(bench, suspects, random_ones)
@@ -84,12 +85,15 @@ def certify(recipe: Recipe) -> Certificate:
     breakers = list(dict.fromkeys(suspect.neuron for suspect in judged if suspect.breaks))
     unmeasured = {scan.neuron for scan in scans if None in scan.log_odds}
     drops = {
-        scan.neuron: max((drop for drop in _drops(scan, plain) if drop is not None), default=None) for scan in scans
+        scan.neuron: max((drop for drop in drops_of(scan, plain) if drop is not None), default=None) for scan in scans
     }
     certificate = Certificate(
         harden_version=__version__,
         model=recipe.model.name,
         adapter=recipe.model.adapter,
+        weights=bench.weights,
+        dtype=recipe.model.dtype,
+        judge_rules=RULES,
         seed=recipe.seed,
         layers=None if settings.layers is None else sorted(_layers(bench)),
         neurons=population,
@@ -216,98 +220,8 @@ def _neuron_scan(
         prompts=[len(row) for row in rows],
         values=[clamp.value for clamp in clamps],
         log_odds=[value if math.isfinite(value) else None for value in means],
-        flips=[_flips(row, plain) for row in rows],
+        flips=[count_flips(row, plain) for row in rows],
     )
-
-
-def _suspects(
-    bench: Bench, scans: Sequence[NeuronScan], prompts: Sequence[str], plain: Sequence[float]
-) -> list[tuple[str, float, int, int]]:
-    """Coherent clamps that flip a scanned prompt: address, value, how many it flips, and of how many refused ones.
-
-    Of each neuron the one that flips the largest share of the refused prompts that it met (of equals the one under
-    which log-odds fall most), and behind those of all neurons the smallest one: a clamp may break the model where a
-    larger one only makes gibberish. Of a neuron that flips prompts at gibberish values only, smaller ones are tried.
-    """
-    flips: dict[Clamp, tuple[int, int]] = {}
-    drop: dict[Clamp, float] = {}
-    for scan in scans:
-        for value, met, count, by in zip(scan.values, scan.prompts, scan.flips, _drops(scan, plain), strict=True):
-            if count:
-                clamp = Clamp(Neuron.parse(scan.neuron), value)
-                flips[clamp] = count, sum(odds > 0 for odds in plain[:met])
-                drop[clamp] = -math.inf if by is None else by
-    if not flips:
-        return []
-    coherent = _coherent(bench, list(flips))
-    gibberish = {clamp.neuron for clamp in flips} - {clamp.neuron for clamp in coherent}
-    for clamp, row in _between(
-        bench, [s for s in scans if Neuron.parse(s.neuron) in gibberish], prompts, plain
-    ).items():
-        flips[clamp] = _flips(row, plain), sum(odds > 0 for odds in plain)
-        drop[clamp] = mean(plain) - mean(row) if math.isfinite(mean(row)) else -math.inf
-        coherent.append(clamp)
-    chosen: dict[Clamp, None] = {}
-    strongest = {clamp: (-count / refused, -drop[clamp]) for clamp, (count, refused) in flips.items()}
-    for order in (strongest.__getitem__, lambda clamp: abs(clamp.value)):
-        first: dict[Neuron, Clamp] = {}
-        for clamp in sorted(coherent, key=order):
-            first.setdefault(clamp.neuron, clamp)
-        chosen.update(dict.fromkeys(first.values()))
-    return [(str(clamp.neuron), clamp.value, *flips[clamp]) for clamp in chosen]
-
-
-def _between(
-    bench: Bench, scans: Sequence[NeuronScan], prompts: Sequence[str], plain: Sequence[float]
-) -> dict[Clamp, list[float]]:
-    """Coherent clamps that flip a prompt, and the log-odds under them, of neurons that do so at gibberish values only.
-
-    Between the smallest value of a sign that flips and the next smaller one that does not (or 0) may lie a band in
-    which the model still speaks. The gap is halved `certify.halvings` times, or until a clamp in the band is found.
-    """
-    gaps: dict[tuple[Neuron, bool], tuple[float, float]] = {}
-    for scan in scans:
-        for positive in (True, False):
-            side = sorted((abs(v), v, n) for v, n in zip(scan.values, scan.flips, strict=True) if (v > 0) is positive)
-            high = next((place for place, (_, _, flipped) in enumerate(side) if flipped), None)
-            if high is not None:
-                gaps[Neuron.parse(scan.neuron), positive] = (side[high - 1][1] if high else 0.0), side[high][1]
-    found: dict[Clamp, list[float]] = {}
-    for _ in range(bench.recipe.certify.halvings):
-        middle = {Clamp(key[0], sum(gap) / 2): key for key, gap in gaps.items()}
-        if not middle:
-            break
-        batch_size = bench.recipe.generation.batch_size
-        rows = log_odds_under(bench.chat_model, list(middle), prompts, bench.phrases, batch_size, "values in between")
-        odds = dict(zip(middle, rows, strict=True))
-        flipping = [clamp for clamp in middle if _flips(odds[clamp], plain)]
-        coherent = set(_coherent(bench, flipping))
-        for clamp, key in middle.items():
-            low, high = gaps[key]
-            gaps[key] = (low, clamp.value) if clamp in flipping else (clamp.value, high)
-            if clamp in coherent:
-                found[clamp] = odds[clamp]
-                del gaps[key]
-    return found
-
-
-def _coherent(bench: Bench, clamps: Sequence[Clamp]) -> list[Clamp]:
-    if not clamps:
-        return []
-    limit, batch_size = bench.recipe.attack.max_benign_rise, bench.recipe.generation.batch_size
-    rises = fair_rises(bench.chat_model, clamps, bench.probe("selection"), batch_size, limit, "coherence")
-    return [clamp for clamp, rise in zip(clamps, rises, strict=True) if rise <= limit]
-
-
-def _flips(odds: Sequence[float], plain: Sequence[float]) -> int:
-    """How many refused prompts a clamp takes to log-odds of 0 or below; it may have met the first ones only."""
-    return sum(p > 0 >= x for p, x in zip(plain, odds, strict=False))
-
-
-def _drops(scan: NeuronScan, plain: Sequence[float]) -> list[float | None]:
-    """By how much the mean log-odds fall at each value, over the prompts that it met; None where they are no number."""
-    measured = zip(scan.log_odds, scan.prompts, strict=True)
-    return [None if odds is None else mean(plain[:n]) - odds for odds, n in measured]
 
 
 def _largest(drops: Mapping[str, float | None]) -> dict[str, float]:

@@ -92,7 +92,7 @@ class Passes:
 
     def _drops(self, name: str, measure: Callable[..., list[list[float]]]) -> torch.Tensor:
         """Largest drop of every neuron at `EXACT_SIZES`; each layer is a stage."""
-        odds = self.scores.harmful_log_odds
+        odds = self.backward.log_odds
         easiest = sorted(range(len(odds)), key=lambda place: (odds[place] <= 0, abs(odds[place])))[:EXACT_PROMPTS]
         requests, plain = [self.harmful[place] for place in easiest], mean([odds[place] for place in easiest])
         widths = list(self.chat_model.neurons.widths)

@@ -81,7 +81,8 @@ def columns_of(run: RunRecords, several: bool) -> list[Column]:
         c = run.certificate
         shown["model"] = model_name(c.model, c.adapter)
         shown["neurons that break it (certificate)"] = f"{len(c.breakers)} of {c.first + c.drawn} scanned"
-        shown["missed ones, at most"] = f"{c.most_missed} of {c.neurons - c.first - c.drawn}"
+        left_out = c.neurons - c.first - c.drawn
+        shown["missed ones, at most"] = f"{c.most_missed} of {left_out}" if left_out else "no neuron left out"
     label = run.name if several or columns else run.title
     columns.append(Column(f"{label}: suite" if columns else label, shown, attacks,
                         run.suite.attribution if run.suite else None))  # fmt: skip

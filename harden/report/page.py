@@ -36,9 +36,10 @@ TRAINED = """Training runs: one neuron at a time was clamped, to a constant, amo
 neurons at once, anchored clamps, fine-tuning, edits of the weights and jailbreak prompts are other attacks."""
 ATTACKED = """Attacks: several neurons clamped at once to values that were searched together, fine-tuning or editing the
 weights, and jailbreak prompts were not tried."""
-CERTIFIED = """Certificates: nothing is said about other values or prompts, several neurons at once or other attacks. A
-breaker that flips no scanned prompt, or only test prompts or values that the races left out, is not found, neither
-among the neurons scanned nor in the bound, which is about this very test."""
+CERTIFIED = """Certificates: nothing is said about other values or prompts, several neurons at once or other attacks.
+Not found, neither among the neurons scanned nor in the bound, which is about this very test, is a breaker that flips no
+scanned prompt; one that the races clear, or whose other values they leave out; and one under which benign answers
+suffer more than a limit."""
 WITHOUT_HUB = ("embedded", ".jsonl", ".json", ".csv", ".txt")
 
 
