@@ -133,7 +133,7 @@ def test_locators_are_measured_against_an_exact_scan(monkeypatch, tmp_path, caps
 
     def run(*options):
         arguments = ["--config", str(planted), "--output", str(tmp_path / "out"), "--locators", "gradient", "contrast"]
-        more = ["--unions", "tail,relp", "--of-model", "1", "96", "--generate", "4", "--prompts", "4"]
+        more = ["--unions", "tail,relp", "--of-model", "1", "96", "--generate", "128", "--prompts", "4"]
         monkeypatch.setattr(sys, "argv", ["locators.py", *arguments, *more, *map(str, options)])
         return main()
 
@@ -143,7 +143,7 @@ def test_locators_are_measured_against_an_exact_scan(monkeypatch, tmp_path, caps
     assert "| gradient | 0." in printed
     of_model = printed.split("of the whole model")[1]
     assert re.search(r"\| union: tail, relp \| 0.05, 1/1 .* 1.00, 1/1 \|", of_model)  # its first neuron, and all
-    assert "all clamps: n = 4, Spearman" in printed and (tmp_path / "out/screen.png").exists()
+    assert re.search(r"all clamps: n = \d+, Spearman 0", printed) and (tmp_path / "out/screen.png").exists()
     with pytest.raises(HardenError, match="decided on 1 prompts"):
         run("--truth", tmp_path / "raced")
     with pytest.raises(HardenError, match="is the truth about .*planted"):
