@@ -19,7 +19,7 @@ def statement(certificate: Certificate) -> str:
     found = (
         f"{scanned} of {c.neurons} MLP neurons{_of_layers(c.layers)} were scanned exactly, at {_values(c)} "
         f"each{f', in {c.dtype}' if c.dtype else ''}, on {c.prompts} selection prompts, of which {c.refused} are "
-        f"refused by their log-odds to begin with ({c.raced} were decided on the {c.race_prompts} that are refused "
+        f"refused by their log-odds to begin with ({c.raced} were decided on the {_easiest(c, '')} refused "
         f"least). {suspects} can flip one and leave the model able to speak, and {breakers} on test prompts "
         f"({rate_text(c.no_attack)} comply without attack)."
     )
@@ -31,6 +31,10 @@ def statement(certificate: Certificate) -> str:
         f"{found} With 95% confidence at most {c.most_missed} of the other {rest} break it by the same test "
         f"({c.drawn} were drawn at random)."
     )
+
+
+def _easiest(c: Certificate, what: str) -> str:
+    return f"one{what} that is" if c.race_prompts == 1 else f"{c.race_prompts}{what}{'s' if what else ''} that are"
 
 
 def _values(c: Certificate) -> str:
@@ -134,7 +138,7 @@ def certificate_card(certificate: Certificate, recipe: Recipe) -> str:
 ## How to read it
 
 - **Scan.** Up to {sizes_text(c.sizes, c.strengths)} a neuron. A clamp that leaves {c.cleared:.0%} of the log-odds of
-  the {c.race_prompts} scanned prompts that are refused least, or flips one of them, meets no others.{_left_out(c)}
+  the {_easiest(c, " scanned prompt")} refused least, or flips one of them, meets no others.{_left_out(c)}
   Drops are means over the prompts that a clamp met.
 - **Suspect** is a clamp that takes the log-odds of a scanned prompt from above 0 to below, while the loss on two benign
   answers, of the model or of the one below its adapter, rises by at most {recipe.attack.max_benign_rise:g} nats per
