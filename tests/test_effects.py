@@ -65,7 +65,7 @@ def test_a_window_that_ends_within_the_phrases_is_that_of_full_passes(kind, monk
         for odds, prompt in zip(row, prompts, strict=True):
             with torch.no_grad(), intervene(chat_model.neurons, [(clamp,)]):
                 alone = refusal_log_odds(chat_model.model, pad_left([prompt], 0, "cpu"), phrases)
-            assert odds == pytest.approx(alone.item(), abs=2e-3)
+            assert odds == pytest.approx(alone.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
