@@ -85,12 +85,13 @@ def check_adapter_folder(adapter: str) -> None:
 def load_adapter(chat_model: ChatModel, adapter: str) -> None:
     """Wrap `chat_model.model` with a finished adapter of any PEFT kind, to be measured.
 
-    Its `starting_model` is the base model. Raises HardenError when it cannot be loaded or does not fit,
+    It computes in the model's dtype, not in float32 as while it is trained, which in bfloat16 costs a pass two fifths
+    more. Its `starting_model` is the base model. Raises HardenError when it cannot be loaded or does not fit,
     MeasurementError when it is not finite.
     """
     check_adapter_folder(adapter)
     try:
-        model = PeftModel.from_pretrained(chat_model.model, adapter, adapter_name=TRAINED)
+        model = PeftModel.from_pretrained(chat_model.model, adapter, adapter_name=TRAINED, autocast_adapter_dtype=False)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise HardenError(f"cannot load adapter '{adapter}' for model '{chat_model.name}': {reason}") from None

@@ -85,8 +85,8 @@ def require_finite(model: nn.Module, what: str) -> None:
 
 def _contiguous(_module, args):
     """The last positions of a batch are a view, for which a linear layer on the CPU reads all its weights row by row: a
-    third of a short pass over many rows."""
-    return (args[0].contiguous(), *args[1:])
+    third of a short pass over many rows. Of a single row it copies them (the view counts as contiguous there)."""
+    return (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
 
 
 def _explain(name: str, source: str, error: Exception) -> str:

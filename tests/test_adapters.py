@@ -7,6 +7,7 @@ from tiny import tiny_chat_model
 from harden.adapters import (
     adapter_state,
     attach_adapter,
+    load_adapter,
     restore_adapter,
     save_adapter,
     starting_model,
@@ -50,6 +51,14 @@ def test_the_saved_adapter_is_the_measured_model(planted_folder, saved):
     loaded = PeftModel.from_pretrained(load_chat_model(str(planted_folder)).model, str(folder))
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, expected)
+
+
+def test_a_measured_adapter_computes_in_the_models_dtype(planted_folder, saved):
+    folder, expected = saved
+    chat_model = load_chat_model(str(planted_folder), "bfloat16")
+    load_adapter(chat_model, str(folder))
+    assert {parameter.dtype for parameter in chat_model.model.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(logits(chat_model).float(), expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
 
 
 def test_a_continued_adapter_starts_where_the_old_one_ended_and_is_saved_as_one(planted_folder, saved, tmp_path):

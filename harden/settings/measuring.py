@@ -34,7 +34,7 @@ class ModelSection(Section):
     adapter: str | None = None
     """PEFT adapter to start from: a local folder or a hub id."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """In which the model runs."""
+    """In which the model runs, and with it an adapter that is measured; one that is trained is in float32."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the chat template, for example {enable_thinking: false}."""
 
