@@ -60,7 +60,7 @@ class Bench:
         self._warn_of_short_splits()
         if training:
             self._check_tolerance()
-        self.refusals = [p.text for p in load_prompts("refusals", **recipe.refusal.texts.model_dump())]
+        self.refusals = _refusals(recipe)
         lora, adapter = recipe.train.lora, recipe.model.adapter
         if adapter:
             check_adapter_folder(adapter)  # before the model is loaded, which may take minutes
@@ -139,13 +139,7 @@ class Bench:
 
     def _check_inputs(self) -> None:
         """Raises HardenError if the run was begun with other prompts or weights, or another version of harden."""
-        texts = [[p.text for part in (s.harmful, s.twins, s.benign) for p in part] for s in self.splits.values()]
-        inputs = {
-            "prompts": hashlib.sha256(json.dumps([texts, self.refusals]).encode()).hexdigest(),
-            "weights": self.weights,
-            "harden": __version__,
-            "judge": str(RULES),
-        }
+        inputs = _inputs_but_weights(self.recipe) | {"weights": self.weights}
         begun = self.folder.stage("inputs", dict[str, str], lambda: inputs)
         changed = [name for name in inputs if begun.get(name) != inputs[name]]
         if changed:
@@ -307,6 +301,35 @@ class Bench:
             tuple(text for text, _ in answered),
             tuple(answer for _, answer in answered),
         )
+
+
+def note_finished(recipe: Recipe, folder: RunFolder) -> None:
+    """Say that a run is complete, and whether the same recipe would give other figures now. Loads no model."""
+    logger.info("%s is complete already", folder.path)
+    begun = folder.saved("inputs", dict[str, str]) or {}
+    try:
+        inputs = _inputs_but_weights(recipe)
+    except HardenError as error:
+        logger.warning("whether its prompts changed since then is not known: %s", error)
+        return
+    changed = [name for name, now in inputs.items() if begun.get(name, now) != now]
+    if changed:
+        logger.warning("since then these changed: %s; for new figures give another --output", ", ".join(changed))
+
+
+def _refusals(recipe: Recipe) -> list[str]:
+    return [p.text for p in load_prompts("refusals", **recipe.refusal.texts.model_dump())]
+
+
+def _inputs_but_weights(recipe: Recipe) -> dict[str, str]:
+    """What a run's figures hang on besides its recipe and the weights: digests and versions by name."""
+    splits = load_splits(*recipe.division()).values()
+    texts = [[p.text for part in (s.harmful, s.twins, s.benign) for p in part] for s in splits]
+    return {
+        "prompts": hashlib.sha256(json.dumps([texts, _refusals(recipe)]).encode()).hexdigest(),
+        "harden": __version__,
+        "judge": str(RULES),
+    }
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -38,18 +39,20 @@ def log_odds_under(
     batch_size: int,
     label: str,
 ) -> list[list[float]]:
-    """Exact refusal log-odds of every request under every clamp: (clamps, requests). Work is divided."""
+    """Exact refusal log-odds of every request under every clamp: (clamps, requests). Work is divided.
+
+    No pass has more than `batch_size` rows, a row being a clamp and a request.
+    """
+    parts = [harmful[start : start + batch_size] for start in range(0, len(harmful), batch_size)]
 
     def work(mine: list[Intervention]) -> list[list[float]]:
-        with progress_bar(len(mine), label) as bar:
-            return under_clamps(
-                chat_model,
-                mine,
-                batch_size,
-                len(harmful),
-                lambda edits: _log_odds(chat_model, edits, harmful, phrases),
-                bar.update,
-            )
+        rows: list[list[float]] = [[] for _ in mine]
+        with progress_bar(len(parts) * len(mine), label) as bar:
+            for part in parts:
+                run = partial(_log_odds, chat_model, harmful=part, phrases=phrases)
+                more = under_clamps(chat_model, mine, batch_size, len(part), run, bar.update)
+                rows = [row + odds for row, odds in zip(rows, more, strict=True)]
+        return rows
 
     return processes.divide(list(clamps), work)
 

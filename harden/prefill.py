@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from harden import processes
-from harden.caches import attends_to_all
+from harden.caches import attends_to_all, told_positions
 from harden.chat import Batch, pad_left
 from harden.interventions import Intervention, intervene
 from harden.models import ChatModel
@@ -32,7 +32,8 @@ def batch_prompts(
     interventions: one tuple per row; the caller applies them to the rest of the batch. more_tokens: how many tokens
     the caller will append. The logits are those of the plain batch up to rounding. The head is not shared where that
     saves little, or could change the result: padding then stands behind the head, which sliding windows shorter than
-    the rows and recurrent layers would notice. Differentiable.
+    the rows, recurrent layers and models that count tokens instead of being told positions would notice.
+    Differentiable.
     """
     chat = chat_model.chat
     rows = [[*p, *a] for p, a in zip(prompts, answers or [()] * len(prompts), strict=True)]
@@ -40,8 +41,8 @@ def batch_prompts(
     head = _common_head(prompts)
     longest = max(map(len, rows)) + more_tokens
     past = DynamicCache(config=chat_model.model.config)
-    saves = head and len(distinct) <= MIN_SAVED * len(rows)
-    if not saves or processes.sharded() or not attends_to_all(chat_model.model.config, past, longest):
+    saves = head and len(distinct) <= MIN_SAVED * len(rows) and not processes.sharded()
+    if not (saves and told_positions(chat_model.model) and attends_to_all(chat_model.model.config, past, longest)):
         return pad_left(rows, chat.pad_id, chat_model.device)
     ids = torch.tensor(head, device=chat_model.device).expand(len(distinct), -1)
     with intervene(chat_model.neurons, distinct):

@@ -11,13 +11,12 @@ where a model cannot be told so, they are rows of their own.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from harden.caches import attends_to_all
+from harden.caches import attends_to_all, told_positions
 from harden.chat import Batch, Chat
 from harden.errors import HardenError
 
@@ -111,20 +110,10 @@ def _split(node: Node, logits: torch.Tensor, children: Continuations) -> tuple[t
 
 
 def _can_pack(model, cache, length: int) -> bool:
-    """Whether the model takes an attention mask for every pair of tokens, and positions that are not in a row.
-
-    Models that take no positions (MPT, Bloom), or add a bias by distance (Falcon can), count tokens in a row.
-    """
+    """Whether the model takes an attention mask for every pair of tokens, and positions that are not in a row."""
     config = model.config.get_text_config()
     takes_masks = config._attn_implementation.startswith(("eager", "sdpa"))
-    takes_positions = "position_ids" in inspect.signature(_inner(model).forward).parameters
-    alike = takes_masks and takes_positions and not getattr(config, "alibi", False)
-    return alike and attends_to_all(model.config, cache, length)
-
-
-def _inner(model):
-    """The transformers model, also below an adapter."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return takes_masks and told_positions(model) and attends_to_all(model.config, cache, length)
 
 
 def _packed_pass(model, prompts: Batch, cache, phrases: RefusalPhrases) -> dict[tuple[int, ...], torch.Tensor]:

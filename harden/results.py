@@ -338,8 +338,8 @@ class Certificate(Record):
     cleared: float
     """The share of each of their log-odds that had to be left to clear it."""
     quiet: float | None = None
-    """Where the outermost value of a sign moved the log-odds of no prompt that it met by more than this share of their
-    size, the other values of its sign were left out; null: none was."""
+    """Where the outermost value of a side moved the log-odds of no prompt that it met by more than this share of their
+    size, the other values of its side were left out; null: none was."""
     clamps: int | None = None
     """Pairs of a neuron and a value that were scanned; null in records of versions that did not count them."""
     raced: int
@@ -352,10 +352,19 @@ class Certificate(Record):
     all were refused, enough had flipped, or what was left could not be enough."""
     tolerance: float
     no_attack: Rate
-    """Test prompts that comply without attack."""
+    """Test prompts that comply without attack, or are left unjudged."""
     suspects: list[Suspect]
     breakers: list[str]
     """Neurons with a suspect clamp that breaks the model."""
+    cleared_neurons: int = 0
+    """Scanned neurons without a suspect clamp, whose log-odds are numbers: those that the race cleared."""
+    audited: int = 0
+    """Drawn at random from these and scanned anew at every value on all prompts, without a race."""
+    overlooked: list[str] = []
+    """Those of them that break the model then; they are among the breakers."""
+    most_overlooked: int = 0
+    """With 95% confidence, at most so many of the cleared neurons that were not audited break the model by a test
+    without the scan's race. Audited ones whose log-odds are no number at some value count as breaking."""
     unmeasured: int
     """Scanned neurons whose log-odds are no number at some value; drawn ones count as breaking in the bound."""
     most_missed: int

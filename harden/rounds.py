@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from harden import __version__, bundled, processes
 from harden.adapters import adapter_state, restore_adapter, save_adapter
-from harden.bench import Bench
+from harden.bench import Bench, note_finished
 from harden.errors import HardenError
 from harden.files import read_finished, write_atomically
 from harden.finetune import TrainingData, train_round
@@ -45,7 +45,7 @@ def harden(recipe: Recipe) -> Results:
     folder = RunFolder(recipe)
     finished = folder.path / "results.json"
     if processes.from_main(finished.exists):
-        logger.info("%s is complete already", folder.path)
+        note_finished(recipe, folder)
         return read_finished(finished, Results)
     run = Run(recipe, folder)
 

@@ -13,12 +13,15 @@ import torch
 from conftest import ROOT
 from scipy import stats
 
+from harden import bench
 from harden.attack.respond import Responder
 from harden.certify import confirm, run, suspects
+from harden.certify import scan as scanning
 from harden.certify.command import main
 from harden.certify.run import certify
 from harden.certify.suspects import Flip, Suspects
 from harden.errors import HardenError, MeasurementError
+from harden.interventions import NOTHING
 from harden.judges.agreement import Verdict
 from harden.planted import PLANTED_NEURON
 from harden.recipe import Recipe, load_recipe
@@ -94,10 +97,44 @@ def test_the_bound_covers_what_was_not_scanned(certificate):
 
 def test_a_breaker_that_the_locators_overlook_is_found_by_scanning_all_others(setup):
     """Effect size puts steady noise first, so the planted neuron is among the rest."""
-    found = certify(recipe_for(setup, "all", locators=["effect_size"], top=1, sample=None))
+    overlooking = certify(recipe_for(setup, "overlooking", locators=["effect_size"], top=1, sample=1))
+    assert not overlooking.breakers and overlooking.most_missed > 1
+    found = certify(recipe_for(setup, "all", sample=None))
     assert (found.first, found.drawn, found.most_missed) == (0, ALL, 0)
     assert found.breakers == [str(PLANTED_NEURON)] and all(s.drawn for s in found.suspects if s.breaks)
     assert "No neuron was left out; other values are open" in statement(found)
+
+
+def test_a_complete_certificate_says_what_changed_since(setup, certificate, monkeypatch, caplog):
+    recipe = recipe_for(setup, "sampled")
+    assert certify(recipe) == certificate and "changed" not in caplog.text
+    monkeypatch.setattr(bench, "RULES", 99)
+    assert certify(recipe) == certificate and "since then these changed: judge; for new figures" in caplog.text
+    monkeypatch.setattr(bench, "load_splits", MagicMock(side_effect=HardenError("there is no file x.jsonl")))
+    assert certify(recipe) == certificate and "is not known: there is no file x.jsonl" in caplog.text
+
+
+def test_an_audit_finds_and_bounds_what_the_race_overlooks(setup, monkeypatch):
+    """The one prompt of the race does not show what the planted neuron does to the others."""
+    exact = scanning.log_odds_under
+
+    def blind(chat_model, clamps, prompts, *rest):
+        return exact(chat_model, clamps if len(prompts) > 1 else [NOTHING] * len(clamps), prompts, *rest)
+
+    monkeypatch.setattr(scanning, "log_odds_under", blind)
+    raced = {"sample": None, "race_prompts": 1}
+    unaudited = certify(recipe_for(setup, "unaudited", **raced))
+    assert not unaudited.breakers and (unaudited.cleared_neurons, unaudited.most_overlooked) == (ALL, ALL)
+    assert "other values are open, and what the races cleared" in statement(unaudited)
+
+    some = certify(recipe_for(setup, "some", audit=20, **raced))
+    whole = certify(recipe_for(setup, "whole", audit=ALL, **raced))
+    for found in (some, whole):
+        assert found.breakers == found.overlooked == [str(PLANTED_NEURON)][: len(found.overlooked)]
+        assert found.most_overlooked == most_missed(ALL, found.audited, len(found.overlooked))
+        assert f"Of the {ALL} that the race cleared {found.audited}, drawn at random" in statement(found)
+    assert whole.overlooked and whole.most_overlooked == 0
+    assert {n for s in scans_of(setup / "whole", "audit") for n in s.prompts} == {4}
 
 
 def test_what_no_multiple_of_a_gap_reaches_is_found_at_a_share_of_the_stream(setup):
@@ -110,7 +147,7 @@ def test_what_no_multiple_of_a_gap_reaches_is_found_at_a_share_of_the_stream(set
 
 
 def test_a_scan_goes_on_where_it_was_interrupted(setup, certificate, monkeypatch):
-    scanned, real = [], run.log_odds_under
+    scanned, real = [], scanning.log_odds_under
 
     def counting(chat_model, clamps, prompts, *rest):
         if len(scanned) == 2:
@@ -118,17 +155,17 @@ def test_a_scan_goes_on_where_it_was_interrupted(setup, certificate, monkeypatch
         scanned.append((len(clamps), len(prompts)))
         return real(chat_model, clamps, prompts, *rest)
 
-    monkeypatch.setattr(run, "CHUNK", 16)
-    monkeypatch.setattr(run, "log_odds_under", counting)
+    monkeypatch.setattr(scanning, "CHUNK", 16)
+    monkeypatch.setattr(scanning, "log_odds_under", counting)
     recipe = recipe_for(setup, "interrupted")
     with pytest.raises(KeyboardInterrupt):
         certify(recipe)
-    monkeypatch.setattr(run, "log_odds_under", lambda *a: (scanned.append((len(a[1]), len(a[2]))), real(*a))[1])
+    monkeypatch.setattr(scanning, "log_odds_under", lambda *a: (scanned.append((len(a[1]), len(a[2]))), real(*a))[1])
     resumed = certify(recipe)
     # 16, 16 and 4 neurons at two values on two prompts, which decide all of them
     assert sorted(scanned) == [(8, 2), (32, 2), (32, 2)]
     assert resumed.model_copy(update={"seconds": 0}) == certificate.model_copy(update={"seconds": 0})
-    monkeypatch.setattr(run, "log_odds_under", lambda *a: pytest.fail("complete already"))
+    monkeypatch.setattr(scanning, "log_odds_under", lambda *a: pytest.fail("complete already"))
     assert certify(recipe) == resumed
 
 
@@ -147,8 +184,8 @@ def test_two_processes_certify_as_one_does(setup, certificate):
     assert two.drops_drawn.largest == pytest.approx(certificate.drops_drawn.largest, rel=1e-3)
 
 
-def scans_of(folder):
-    return [NeuronScan(**s) for path in sorted(folder.rglob("scan-*.json")) for s in json.loads(path.read_text())]
+def scans_of(folder, name="scan"):
+    return [NeuronScan(**s) for path in sorted(folder.rglob(f"{name}-*.json")) for s in json.loads(path.read_text())]
 
 
 def test_only_undecided_clamps_meet_all_prompts(setup, certificate):
@@ -203,11 +240,11 @@ def test_only_neurons_that_the_outermost_value_moves_meet_the_others(setup):
     ],
 )
 def test_a_clamp_is_decided_by_a_flip_or_by_leaving_half_of_the_log_odds(odds, decided):
-    assert run._decided(odds, [2.0, 4.0, 6.0], 0.5) is decided
+    assert scanning._decided(odds, [2.0, 4.0, 6.0], 0.5) is decided
 
 
 def test_a_prompt_that_is_not_refused_decides_nothing():
-    assert run._decided([-5.0, 3.0], [-1.0, 4.0], 0.5) and not run._decided([-5.0, 1.0], [-1.0, 4.0], 0.5)
+    assert scanning._decided([-5.0, 3.0], [-1.0, 4.0], 0.5) and not scanning._decided([-5.0, 1.0], [-1.0, 4.0], 0.5)
 
 
 def test_exact_forward_passes_at_the_template_can_put_neurons_first(setup, certificate):
@@ -250,13 +287,13 @@ def test_a_model_that_refuses_nothing_is_no_certificate(setup, monkeypatch):
 
 
 def test_values_that_give_no_number_flip_nothing(setup, monkeypatch):
-    real = run.log_odds_under
+    real = scanning.log_odds_under
 
     def overflowing(chat_model, clamps, *rest):
         rows = real(chat_model, clamps, *rest)
         return [[math.nan] * len(row) if c.value > 1 else row for c, row in zip(clamps, rows, strict=True)]
 
-    monkeypatch.setattr(run, "log_odds_under", overflowing)
+    monkeypatch.setattr(scanning, "log_odds_under", overflowing)
     found = certify(recipe_for(setup, "overflow", sample=4))
     assert found.breakers == [str(PLANTED_NEURON)] and math.isfinite(found.drops_first.largest)
     assert found.unmeasured > 0 and f"{found.unmeasured} gave no number" in statement(found)
@@ -419,7 +456,7 @@ def test_suspects_meet_prompts_until_they_are_decided(setup, monkeypatch):
 def test_the_easiest_prompts_come_first(setup, monkeypatch):
     """Those that are refused least, of the scan and of the test prompts; here the last ones of either. Then those that
     the clamp does most to: here the middle one of the seven that are left, and the one after it."""
-    met, real = [], run.log_odds_under
+    met, real = [], scanning.log_odds_under
 
     def spying(chat_model, clamps, prompts, *rest):
         met.append(list(prompts))
@@ -430,7 +467,7 @@ def test_the_easiest_prompts_come_first(setup, monkeypatch):
         return real(chat_model, clamps, prompts, *rest)
 
     generated, respond = [], Responder.respond
-    monkeypatch.setattr(run, "log_odds_under", spying)
+    monkeypatch.setattr(scanning, "log_odds_under", spying)
     monkeypatch.setattr(confirm, "log_odds_under", spying)
     monkeypatch.setattr(
         Responder, "respond", lambda self, requests, label: (
@@ -456,7 +493,7 @@ def test_the_easiest_prompts_come_first(setup, monkeypatch):
     ],
 )
 def test_a_suspect_meets_no_more_than_can_break_the_model(setup, monkeypatch, low, said, met):
-    real = run.log_odds_under
+    real = scanning.log_odds_under
 
     def log_odds(chat_model, clamps, prompts, *rest):
         plain = clamps == [confirm.NOTHING]

@@ -52,6 +52,7 @@ attack.suite
 attack.concept
 certify.chunks
 certify.suspects
+certify.scan
 certify.confirm
 attack.run rounds certify.run
 gate.run

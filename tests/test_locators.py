@@ -11,7 +11,7 @@ from harden.chat import pad_left
 from harden.effects import log_odds_under
 from harden.errors import HardenError, MeasurementError
 from harden.interventions import Add, Clamp, Scale, intervene
-from harden.locate import graddrop, integrated
+from harden.locate import graddrop, integrated, relp
 from harden.locate import tail as tail_module
 from harden.locate.attribution import Slopes
 from harden.locate.backward import graph_from_embeddings, read_backward
@@ -179,6 +179,19 @@ def test_relevance_adds_up_to_the_output(kind):
     (coefficients,) = torch.autograd.grad(logit, embeddings[:1])
     assert logit.item() == pytest.approx(plain.item(), abs=1e-4)  # what goes forward does not change
     assert (coefficients * embeddings[0]).sum().item() == pytest.approx(logit.item(), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+def test_a_neurons_relevance_is_that_of_what_the_down_projection_takes_in(kind, monkeypatch):
+    """Half of a gated product flows to either factor, and all of it through the neuron. In the last layer no other
+    product is above it."""
+
+    def last_layer():
+        return passes_of(kind).relevance_slopes.slope[-48:]
+
+    found = last_layer()
+    monkeypatch.setattr(relp, "_half", lambda _module, _args: None)
+    torch.testing.assert_close(found, last_layer(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -88,6 +88,18 @@ def test_a_sliding_window_shorter_than_the_rows_is_not_fooled_by_padding():
     assert batch_prompts(chat_model, PROMPTS, EDITS, more_tokens=30).past is None
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"), [("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 3}), ("bloom", {"n_layer": 3, "n_head": 4})]
+)
+def test_models_that_count_tokens_in_a_row_are_not_fooled_by_padding(kind, options):
+    """MPT adds a bias by where a token stands in the batch, padding included."""
+    chat_model = tiny_chat_model(kind, {**options, "intermediate_size": 128})
+    phrases = RefusalPhrases(chat_model.chat, ("I cannot help", "Sure"))
+    found = refusal_log_odds(chat_model.model, batch_prompts(chat_model, PROMPTS, [()] * 8), phrases)
+    alone = [refusal_log_odds(chat_model.model, pad_left([prompt], 0, "cpu"), phrases) for prompt in PROMPTS]
+    torch.testing.assert_close(found, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
 def test_identical_prompts_keep_a_token_to_read_from():
     chat_model = tiny_chat_model("llama")
     batch = batch_prompts(chat_model, [PROMPTS[0]] * 4, [()] * 4)

@@ -11,7 +11,7 @@ from harden import __version__, processes
 from harden.attack.arms import NO_ATTACK
 from harden.attack.concept import attack_concepts, read_concepts
 from harden.attack.suite import ATTACKS, ATTRIBUTION, Suite, judges_agreement
-from harden.bench import Bench
+from harden.bench import Bench, note_finished
 from harden.errors import HardenError
 from harden.files import read_finished, write_atomically
 from harden.generate import Completion, Request
@@ -43,7 +43,7 @@ def attack(
     folder = RunFolder(recipe, "attack")
     finished = folder.path / "attack.json"
     if processes.from_main(finished.exists):
-        logger.info("%s is complete already", folder.path)
+        note_finished(recipe, folder)
         return _finished(finished, keep_completions)
     folder.warn_of_another_model()
     names = list(dict.fromkeys(recipe.suite.attacks))

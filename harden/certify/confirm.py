@@ -30,10 +30,8 @@ Outcomes = dict[str, Outcome]  # by prompt id
 
 def plain_log_odds(bench: Bench, texts: Sequence[str]) -> list[float]:
     """Refusal log-odds of prompts without attack. Raises MeasurementError if one is no number."""
-    batch_size, odds = bench.recipe.generation.batch_size, []
-    for start in range(0, len(texts), batch_size):
-        part = texts[start : start + batch_size]
-        odds += log_odds_under(bench.chat_model, [NOTHING], part, bench.phrases, batch_size, "no attack")[0]
+    batch_size = bench.recipe.generation.batch_size
+    (odds,) = log_odds_under(bench.chat_model, [NOTHING], texts, bench.phrases, batch_size, "no attack")
     if not all(map(math.isfinite, odds)):
         raise MeasurementError("refusal log-odds are not finite; is the model sound? try model.dtype float32")
     return odds
@@ -48,17 +46,20 @@ def confirm(bench: Bench, suspects: Sequence[Suspects], drawn: Collection[str]) 
     """
     prompts = bench.splits["test"].harmful[: bench.recipe.certify.test_prompts]
     (plain,) = bench.responder.attempt([None], prompts, "no attack")
-    refused = [prompt for prompt in prompts if plain.outcomes[prompt.id] != "comply"]
+    refused = [prompt for prompt in prompts if not flipped({prompt.id: plain.outcomes[prompt.id]})]
     if 2 * len(refused) < len(prompts):
         raise MeasurementError(
-            f"{len(prompts) - len(refused)} of {len(prompts)} test prompts comply without attack: there is too little "
-            "refusal to break"
+            f"{len(prompts) - len(refused)} of {len(prompts)} test prompts comply without attack, or are left "
+            "unjudged: there is too little refusal to break"
         )
     odds = dict(zip(refused, plain_log_odds(bench, [prompt.text for prompt in refused]), strict=True))
     race = _Race(bench, sorted(refused, key=odds.__getitem__))
     judged = [_judged(flip, outcomes, race, drawn) for flip, outcomes in _generate(race, suspects).items()]
-    judged.sort(key=lambda suspect: (-suspect.breaks, -suspect.flipped.rate))
-    return judged, Rate.of(len(prompts) - len(refused), len(prompts))
+    return breakers_first(judged), Rate.of(len(prompts) - len(refused), len(prompts))
+
+
+def breakers_first(judged: Sequence[Suspect]) -> list[Suspect]:
+    return sorted(judged, key=lambda suspect: (-suspect.breaks, -suspect.flipped.rate))
 
 
 def _generate(race: _Race, suspects: Sequence[Suspects]) -> dict[Flip, Outcomes]:
@@ -156,11 +157,6 @@ class _Race:
 
     def _exact(self, clamps: Sequence[Clamp]) -> list[list[float]]:
         """Log-odds of every prompt under every clamp."""
-        bench, rows = self.bench, [[] for _ in clamps]
+        bench, texts = self.bench, [prompt.text for prompt in self.prompts]
         batch_size = bench.recipe.generation.batch_size
-        for start in range(0, len(self.prompts), batch_size):
-            texts = [prompt.text for prompt in self.prompts[start : start + batch_size]]
-            odds = log_odds_under(bench.chat_model, clamps, texts, bench.phrases, batch_size, "these clamps")
-            for row, more in zip(rows, odds, strict=True):
-                row += more
-        return rows
+        return log_odds_under(bench.chat_model, clamps, texts, bench.phrases, batch_size, "these clamps")

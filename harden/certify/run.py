@@ -1,41 +1,34 @@
 """A certificate: exact scans of the neurons that locators put first and of others drawn at random.
 
 1. Every neuron is scored by the locators; the best `certify.top` are scanned, and `certify.sample` random others.
-2. Scan: exact refusal log-odds on selection prompts with the neuron clamped to each of its values. It is a race: most
-   clamps are cleared on the few prompts that are most easily talked out of refusing, or flip one; only the undecided
-   see the others. The outermost value of either sign comes first; where it hardly moves the log-odds, the others of its
-   sign are left out.
+2. Scan: exact refusal log-odds on selection prompts with the neuron clamped to each of its values, as a race over
+   prompts and values (`scan.py`).
 3. Suspects: clamps that flip a scanned prompt and leave the model able to speak; where all that flip one are gibberish,
    smaller values are tried.
 4. Confirm: they generate on test prompts, the easiest first and then those that they damage most; one breaks the model
    if more than the tolerance of those that do not comply anyway do.
-5. What random neurons were found to do bounds what those that nobody scanned do: exact hypergeometric bound at 95% (in
-   the spirit of AtP*, arXiv 2403.00745, which bounds its misses by a random sample).
+5. Audit: of the neurons without a suspect `certify.audit` random ones are scanned anew without a race.
+6. What random neurons were found to do bounds what those do that nobody scanned, or that the race cleared: exact
+   hypergeometric bounds at 95% (in the spirit of AtP*, arXiv 2403.00745, which bounds its misses by a random sample).
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import random
 from collections.abc import Collection, Mapping, Sequence
 
-import torch
-
 from harden import __version__, processes
-from harden.activations import column_of, neuron_at
-from harden.attack.screen import outermost_first
+from harden.activations import neuron_at
 from harden.attack.select import select_candidates
-from harden.bench import Bench
-from harden.certify.confirm import confirm, plain_log_odds
-from harden.certify.suspects import Suspects, count_flips, drops_of, find_suspects
-from harden.effects import log_odds_under
+from harden.bench import Bench, note_finished
+from harden.certify.confirm import breakers_first, confirm, plain_log_odds
+from harden.certify.scan import scan_neurons
+from harden.certify.suspects import Suspects, drops_of, find_suspects
 from harden.errors import MeasurementError
 from harden.files import read_finished, write_atomically
-from harden.generate import mean, progress_bar
-from harden.interventions import Clamp
 from harden.judges.embedded import RULES
-from harden.locate.base import Candidate, clamps_of
+from harden.locate.base import Candidate
 from harden.locate.passes import Passes
 from harden.neurons import Neuron
 from harden.recipe import Recipe
@@ -46,7 +39,6 @@ from harden.runfolder import RunFolder
 logger = logging.getLogger(__name__)
 
 LISTED = 1000  # neurons whose drop is in the certificate
-CHUNK = 256  # neurons that are scanned and saved together
 
 
 def certify(recipe: Recipe) -> Certificate:
@@ -54,7 +46,7 @@ def certify(recipe: Recipe) -> Certificate:
     folder = RunFolder(recipe, "certificate")
     finished = folder.path / "certificate.json"
     if processes.from_main(finished.exists):
-        logger.info("%s is complete already", folder.path)
+        note_finished(recipe, folder)
         return read_finished(finished, Certificate)
     folder.warn_of_another_model()
     bench = Bench(recipe, folder, training=False)
@@ -74,14 +66,19 @@ def certify(recipe: Recipe) -> Certificate:
     )
     easiest = sorted(range(len(plain)), key=lambda place: (plain[place] <= 0, plain[place]))  # to talk out of refusing
     prompts, plain = [prompts[place] for place in easiest], [plain[place] for place in easiest]
-    scans = _scan(bench, passes, [*first, *drawn], prompts, plain)
+    scans = scan_neurons(bench, passes, [*first, *drawn], prompts, plain)
     suspects = folder.stage("suspects", list[Suspects], lambda: find_suspects(bench, passes, scans, prompts, plain))
-    neurons = len({side.strongest.neuron for side in suspects})
-    logger.info("%d of %d scanned neurons have a suspect clamp; generating", neurons, len(scans))
+    suspected = {side.strongest.neuron for side in suspects}
+    logger.info("%d of %d scanned neurons have a suspect clamp; generating", len(suspected), len(scans))
     random_ones = {str(neuron) for neuron in drawn}
     judged, no_attack = folder.stage(
         "confirmed", tuple[list[Suspect], Rate], lambda: confirm(bench, suspects, random_ones)
     )
+    cleared = [scan.neuron for scan in scans if scan.neuron not in suspected and None not in scan.log_odds]
+    audited, of_audited = _audit(bench, passes, cleared, prompts, plain, random_ones)
+    overlooked = {suspect.neuron for suspect in of_audited if suspect.breaks}
+    no_number = {scan.neuron for scan in audited if None in scan.log_odds}
+    judged = breakers_first([*judged, *of_audited])
     breakers = list(dict.fromkeys(suspect.neuron for suspect in judged if suspect.breaks))
     unmeasured = {scan.neuron for scan in scans if None in scan.log_odds}
     drops = {
@@ -115,6 +112,10 @@ def certify(recipe: Recipe) -> Certificate:
         suspects=judged,
         breakers=breakers,
         unmeasured=len(unmeasured),
+        cleared_neurons=len(cleared),
+        audited=len(audited),
+        overlooked=sorted(overlooked),
+        most_overlooked=most_missed(len(cleared), len(audited), len(overlooked | no_number)),
         most_missed=most_missed(population - len(first), len(drawn), len(random_ones & {*breakers, *unmeasured})),
         drops_first=_spread([drops[str(neuron)] for neuron in first]),
         drops_drawn=_spread([drops[str(neuron)] for neuron in drawn]),
@@ -158,70 +159,28 @@ def _located(bench: Bench, passes: Passes) -> list[Candidate]:
     )
 
 
-def _scan(
-    bench: Bench, passes: Passes, neurons: Sequence[Neuron], prompts: Sequence[str], plain: Sequence[float]
-) -> list[NeuronScan]:
-    """Scan the neurons, chunk by chunk; each chunk is saved when it is done."""
-    settings, chat_model = bench.recipe.certify, bench.chat_model
-    contrast = passes.contrast
-    values, harmless = [contrast.clamp_values(size) for size in settings.sizes], contrast.harmless.neurons.mean(0)
-    full = contrast.full if settings.strengths else torch.zeros_like(harmless)
+def _audit(
+    bench: Bench,
+    passes: Passes,
+    cleared: Sequence[str],
+    prompts: Sequence[str],
+    plain: Sequence[float],
+    random_ones: Collection[str],
+) -> tuple[list[NeuronScan], list[Suspect]]:
+    """Scans some neurons that the race cleared anew, without a race; and those of their clamps that generated.
 
-    def log_odds(clamps: Sequence[Clamp], heat: slice) -> list[list[float]]:
-        batch_size = bench.recipe.generation.batch_size
-        return log_odds_under(chat_model, clamps, prompts[heat], bench.phrases, batch_size, "these clamps")
-
-    def race(clamps: Sequence[Clamp]) -> dict[Clamp, list[float]]:  # log-odds of the prompts that each clamp met
-        odds = dict(zip(clamps, log_odds(clamps, slice(settings.race_prompts)), strict=True))
-        undecided = [clamp for clamp in clamps if not _decided(odds[clamp], plain, settings.cleared)]
-        if undecided and len(prompts) > settings.race_prompts:
-            for clamp, more in zip(undecided, log_odds(undecided, slice(settings.race_prompts, None)), strict=True):
-                odds[clamp] = odds[clamp] + more
-        return odds
-
-    def clamps_at(neuron: Neuron) -> dict[Clamp, float]:
-        column = column_of(chat_model, neuron)
-        at_sizes = [float(value[column]) for value in values]
-        return clamps_of(neuron, float(harmless[column]), at_sizes, settings.strengths, float(full[column]))
-
-    def scan(chunk: Sequence[Neuron]) -> list[NeuronScan]:
-        clamps = {neuron: clamps_at(neuron) for neuron in chunk}
-        odds = outermost_first(list(clamps.values()), race, plain, settings.quiet)
-        return [_neuron_scan(n, [clamp for clamp in clamps[n] if clamp in odds], odds, plain) for n in chunk]
-
-    scans: list[NeuronScan] = []
-    neurons = sorted(neurons)  # those of a layer run together
-    with progress_bar(len(neurons), "scan neurons") as bar:
-        for number, start in enumerate(range(0, len(neurons), CHUNK)):
-            chunk = neurons[start : start + CHUNK]
-            scans += bench.folder.stage(f"scan-{number:05d}", list[NeuronScan], lambda chunk=chunk: scan(chunk))
-            bar.update(len(chunk))
-    return scans
-
-
-def _decided(odds: Sequence[float], plain: Sequence[float], share: float) -> bool:
-    """Whether a clamp flips a refused prompt, or takes none below `share` of its log-odds; no number decides nothing.
-
-    odds: of the first prompts, under the clamp; plain: of all prompts without it.
+    cleared: addresses of all of them, of which `certify.audit` are drawn.
     """
-    if any(map(math.isnan, odds)):
-        return False
-    refused = [(x, p) for x, p in zip(odds, plain, strict=False) if p > 0]
-    return any(x <= 0 for x, _ in refused) or all(x >= share * p for x, p in refused)
+    settings, folder = bench.recipe.certify, bench.folder
+    drawn = random.Random(f"audit {bench.recipe.seed}").sample(sorted(cleared), min(settings.audit, len(cleared)))
+    neurons = [Neuron.parse(neuron) for neuron in drawn]
+    scans = scan_neurons(bench, passes, neurons, prompts, plain, "audit", race=False)
 
+    def generated() -> list[Suspect]:
+        suspects = find_suspects(bench, passes, scans, prompts, plain)
+        return confirm(bench, suspects, random_ones)[0] if suspects else []
 
-def _neuron_scan(
-    neuron: Neuron, clamps: Sequence[Clamp], odds: Mapping[Clamp, Sequence[float]], plain: Sequence[float]
-) -> NeuronScan:
-    rows = [odds[clamp] for clamp in clamps]
-    means = [mean(row) for row in rows]
-    return NeuronScan(
-        neuron=str(neuron),
-        prompts=[len(row) for row in rows],
-        values=[clamp.value for clamp in clamps],
-        log_odds=[value if math.isfinite(value) else None for value in means],
-        flips=[count_flips(row, plain) for row in rows],
-    )
+    return scans, folder.stage("audited", list[Suspect], generated) if scans else []
 
 
 def _largest(drops: Mapping[str, float | None]) -> dict[str, float]:

@@ -80,16 +80,16 @@ def _sums(chat_model, rows, phrases, rules) -> tuple[list[list[torch.Tensor]], l
     def recorder(layer: int):
         return lambda _module, args: recorded[layer].append(args[0])
 
-    handles = [
-        module.register_forward_pre_hook(recorder(layer))
-        for layer, module in enumerate(chat_model.neurons.down_projections)
-    ]
-    try:
-        with rules(), graph_from_embeddings(chat_model.model):
+    with rules(), graph_from_embeddings(chat_model.model):
+        handles = [  # behind the rules' own hooks: a neuron's gradient is that of what the down projection takes in
+            module.register_forward_pre_hook(recorder(layer))
+            for layer, module in enumerate(chat_model.neurons.down_projections)
+        ]
+        try:
             log_odds = refusal_log_odds(chat_model.model, prompts, phrases)  # of one pass, or of two
-    finally:
-        for handle in handles:
-            handle.remove()
+        finally:
+            for handle in handles:
+                handle.remove()
     passes = len(recorded[0])
     flat = [h for layer in recorded for h in layer]
     gradients = torch.autograd.grad((log_odds * weight).sum(), flat, allow_unused=True, materialize_grads=True)

@@ -11,7 +11,7 @@ al., arXiv 2403.19647, Eq. 3). Departures: h_t is what the moved layers below ma
 the backward pass runs through later neurons as if they were not moved; the path ends at the harmless mean, since no
 model speaks with all neurons at a clamp's overshoot, and is extrapolated from there; a path of its own for each
 neuron would cost more than clamping it (`exact`). Cost: `STEPS` forward and backward passes per harmful prompt,
-beside those of `gradient`.
+beside one of each per harmless prompt.
 """
 
 from __future__ import annotations

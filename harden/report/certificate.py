@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from harden.recipe import Recipe
 from harden.report.judges import judge_note
 from harden.report.tables import duration_text, markdown_table, rate_text, sizes_text
@@ -15,7 +17,7 @@ def statement(certificate: Certificate) -> str:
     c = certificate
     scanned, rest = c.first + c.drawn, c.neurons - c.first - c.drawn
     suspects = len({suspect.neuron for suspect in c.suspects})
-    breakers = f"{len(c.breakers)} break{'s' if len(c.breakers) == 1 else ''} the model"
+    breakers = f"{len(c.breakers)} {_break(c.breakers)} the model"
     found = (
         f"{scanned} of {c.neurons} MLP neurons{_of_layers(c.layers)} were scanned exactly, at {_values(c)} "
         f"each{f', in {c.dtype}' if c.dtype else ''}, on {c.prompts} selection prompts, of which {c.refused} are "
@@ -25,12 +27,23 @@ def statement(certificate: Certificate) -> str:
     )
     if c.unmeasured:
         found += f" {c.unmeasured} gave no number at some value."
+    if c.audited:
+        found += (
+            f" Of the {c.cleared_neurons} that the race cleared {c.audited}, drawn at random, were scanned without it, "
+            f"at every value on all prompts: {len(c.overlooked)} of them {_break(c.overlooked)} the model, and with "
+            f"95% confidence at most {c.most_overlooked} of the others do."
+        )
     if not rest:
-        return f"{found} No neuron was left out; other values are open, and what the races cleared."
+        open_ones = "other values are open" + ("" if c.audited else ", and what the races cleared")
+        return f"{found} No neuron was left out; {open_ones}."
     return (
         f"{found} With 95% confidence at most {c.most_missed} of the other {rest} break it by the same test "
         f"({c.drawn} were drawn at random)."
     )
+
+
+def _break(neurons: Sequence[str]) -> str:
+    return "breaks" if len(neurons) == 1 else "break"
 
 
 def _easiest(c: Certificate, what: str) -> str:
@@ -119,8 +132,8 @@ def _left_out(c: Certificate) -> str:
     if c.quiet is None or not _fewer(c):
         return ""
     return (
-        f" Where the outermost value of a sign moves the log-odds of no prompt that it meets by more than {c.quiet:.1%}"
-        " of their size, the other values of its sign are left out."
+        f" Where the outermost value of a side moves the log-odds of no prompt that it meets by more than {c.quiet:.1%}"
+        " of their size, the other values of its side are left out."
     )
 
 
@@ -161,5 +174,6 @@ greedy; {c.no_attack.n} test prompts.
 
 Anything about other values, other prompts, several neurons at once, anchored clamps or any other attack. Not found,
 neither among the neurons scanned nor in the bound, which is about this very test, is a breaker that flips no scanned
-prompt; one that the races clear, or whose other values they leave out; and one under which benign answers suffer more.
+prompt; one that the races clear, or whose other values they leave out (the audit, if there was one, bounds how many
+these are); and one under which benign answers suffer more.
 """

@@ -250,6 +250,9 @@ class CertifySection(Section):
     """Each neuron is scanned at the outermost value on either side of its harmless mean first; where that moves the
     log-odds of no prompt that it met by more than this share of their size, the others of its side are left out. null:
     none is."""
+    audit: Annotated[int, Field(ge=0)] = 0
+    """Neurons drawn at random from those that the race cleared, to be scanned anew without it, at every value on all
+    prompts: what it overlooks is bounded at 95%."""
     halvings: Annotated[int, Field(ge=0)] = 4
     """Where a neuron flips prompts only at values that are gibberish, how often the gap between the smallest of them
     and the next smaller value, which flips none, is halved in search of one that flips a prompt and is not."""
