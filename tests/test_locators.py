@@ -252,7 +252,7 @@ def test_tail_is_a_full_pass_with_the_clamp_at_the_templates_tokens(kind):
         handle = chat_model.neurons.down_projections[clamp.neuron.layer].register_forward_pre_hook(at_the_tail)
         for text, value in zip(REQUESTS, row, strict=True):
             alone = refusal_log_odds(chat_model.model, pad_left([chat.prompt_ids(text)], 0, "cpu"), phrases)
-            assert value == pytest.approx(alone.item(), abs=2e-3)
+            assert value == pytest.approx(alone.item(), abs=1e-4)
         handle.remove()
     assert max(abs(a - b) for a, b in zip(found[0], found[1], strict=True)) > 1e-2
 
@@ -273,7 +273,7 @@ def test_tail_takes_what_follows_a_first_token_from_the_model_without_a_clamp():
     expected = refusal_log_odds(chat_model.model, batch, phrases, continuations)
     handle.remove()
     (found,) = tail_log_odds(chat_model, [clamp], REQUESTS, phrases, 6, "tail")
-    assert found == pytest.approx(expected.tolist(), abs=2e-3)
+    assert found == pytest.approx(expected.tolist(), abs=1e-4)
     (whole,) = log_odds_under(chat_model, [clamp], REQUESTS, phrases, 6, "exact")
     assert found != pytest.approx(whole, abs=1e-2)
 
@@ -299,7 +299,7 @@ def test_exact_drops_are_the_larger_of_both_signs_and_kept_layer_by_layer():
     values = [float(passes.contrast.clamp_values(size)[column]) for size in (-16.0, 16.0)]
     rows = log_odds_under(passes.chat_model, [Clamp(neuron, v) for v in values], easiest, passes.phrases, 4, "")
     plain = odds[REQUESTS.index(easiest[0])]
-    assert drops[column].item() == pytest.approx(max(plain - row[0] for row in rows), abs=1e-3)
+    assert drops[column].item() == pytest.approx(max(plain - row[0] for row in rows), abs=1e-4)
     passes.stage = lambda name, make: kept[name]
     del passes.exact_drops
     assert (passes.exact_drops == drops).all()
