@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -32,7 +32,7 @@ from harden.locate.passes import Passes
 from harden.models import ChatModel, load_chat_model
 from harden.neurons import Neuron
 from harden.objective.rows import Row
-from harden.prompts import Prompt, Split, load_prompts, load_splits
+from harden.prompts import Prompt, PromptSet, Split, load_prompts, load_splits
 from harden.recipe import Recipe
 from harden.refusal import RefusalPhrases
 from harden.results import Rate
@@ -139,7 +139,7 @@ class Bench:
 
     def _check_inputs(self) -> None:
         """Raises HardenError if the run was begun with other prompts or weights, or another version of harden."""
-        inputs = _inputs_but_weights(self.recipe) | {"weights": self.weights}
+        inputs = _inputs_but_weights(self.splits, self.refusals) | {"weights": self.weights}
         begun = self.folder.stage("inputs", dict[str, str], lambda: inputs)
         changed = [name for name in inputs if begun.get(name) != inputs[name]]
         if changed:
@@ -308,7 +308,7 @@ def note_finished(recipe: Recipe, folder: RunFolder) -> None:
     logger.info("%s is complete already", folder.path)
     begun = folder.saved("inputs", dict[str, str]) or {}
     try:
-        inputs = _inputs_but_weights(recipe)
+        inputs = _inputs_but_weights(load_splits(*recipe.division()), _refusals(recipe))
     except HardenError as error:
         logger.warning("whether its prompts changed since then is not known: %s", error)
         return
@@ -321,12 +321,11 @@ def _refusals(recipe: Recipe) -> list[str]:
     return [p.text for p in load_prompts("refusals", **recipe.refusal.texts.model_dump())]
 
 
-def _inputs_but_weights(recipe: Recipe) -> dict[str, str]:
+def _inputs_but_weights(splits: Mapping[Split, PromptSet], refusals: Sequence[str]) -> dict[str, str]:
     """What a run's figures hang on besides its recipe and the weights: digests and versions by name."""
-    splits = load_splits(*recipe.division()).values()
-    texts = [[p.text for part in (s.harmful, s.twins, s.benign) for p in part] for s in splits]
+    texts = [[p.text for part in (s.harmful, s.twins, s.benign) for p in part] for s in splits.values()]
     return {
-        "prompts": hashlib.sha256(json.dumps([texts, _refusals(recipe)]).encode()).hexdigest(),
+        "prompts": hashlib.sha256(json.dumps([texts, refusals]).encode()).hexdigest(),
         "harden": __version__,
         "judge": str(RULES),
     }
