@@ -85,8 +85,8 @@ def check_adapter_folder(adapter: str) -> None:
 def load_adapter(chat_model: ChatModel, adapter: str) -> None:
     """Wrap `chat_model.model` with a finished adapter of any PEFT kind, to be measured.
 
-    It computes in the model's dtype, not in float32 as while it is trained, which in bfloat16 costs a pass two fifths
-    more. Its `starting_model` is the base model. Raises HardenError when it cannot be loaded or does not fit,
+    It computes in the model's dtype, not in float32 as while it is trained, which in bfloat16 takes a scan a fifth
+    longer. Its `starting_model` is the base model. Raises HardenError when it cannot be loaded or does not fit,
     MeasurementError when it is not finite.
     """
     check_adapter_folder(adapter)

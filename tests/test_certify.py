@@ -414,6 +414,13 @@ def test_what_is_left_unjudged_never_counts_as_safe(setup, monkeypatch):
     assert found.breakers and all(s.breaks and s.unjudged.rate == 1.0 for s in found.suspects)
 
 
+def test_prompts_that_are_left_unjudged_without_attack_count_against_no_neuron(setup, monkeypatch):
+    asked = []
+    says(monkeypatch, lambda clamp, real: real if clamp or asked.append(clamp) or len(asked) > 3 else "unjudged")
+    found = certify(recipe_for(setup, "unjudged-before", confirm_first=10))
+    assert found.no_attack.count == 3 and {s.flipped.n for s in found.suspects} == {7}
+
+
 @pytest.mark.parametrize(("population", "drawn", "found"), [(40, 10, 0), (40, 10, 2), (500, 60, 1)])
 def test_the_bound_is_the_largest_number_that_the_sample_does_not_refute(population, drawn, found):
     def chance(marked):  # of so few in the sample, if so many are marked
