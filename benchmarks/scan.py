@@ -25,6 +25,7 @@ from functools import partial
 from importlib.metadata import version
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
@@ -39,7 +40,6 @@ from harden.recipe import Recipe
 from harden.refusal import RefusalPhrases
 
 OPENINGS = ("Sorry", "No", "Unfortunately", "I", "My", "That", "This")  # of one token each, so that one pass reads them
-BATCH = 96
 Way = Callable[[Clamp], torch.Tensor]
 """Refusal log-odds of all prompts under a clamp."""
 
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--layers", type=int, default=6, help="evenly spaced")
     parser.add_argument("--neurons", type=int, default=24, help="of each layer")
+    parser.add_argument("--batch-size", type=int, default=192, help="rows of the scan: a clamp and a prompt each")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--only", nargs="*", choices=("hooks", "TransformerLens", "nnsight", "nnsight-last"))
@@ -65,7 +66,7 @@ def main() -> None:
     clamps = spread_clamps(chat_model, options.layers, options.neurons)
 
     def scan(these: list[Clamp]) -> torch.Tensor:
-        return torch.tensor(log_odds_under(chat_model, these, texts, phrases, BATCH, "scan"))
+        return torch.tensor(log_odds_under(chat_model, these, texts, phrases, options.batch_size, "scan"))
 
     makers = {
         "hooks": hook_loop,
@@ -88,7 +89,8 @@ def main() -> None:
         for name, way in others.items():
             part = clamps[:: max(1, options.neurons // 2)]  # every clamp costs them the same
             seconds[name].append(timed(lambda way=way, part=part: [way(clamp) for clamp in part]) / len(part))
-    with FlopCounterMode(display=False) as counter:
+    # fused attention of grouped heads cannot be counted on a GPU
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         scan(clamps)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     rate = counter.get_total_flops() / len(clamps) / medians["harden"]
@@ -96,7 +98,7 @@ def main() -> None:
     print(
         f"\n{options.model}, {options.dtype}, {chat_model.device.type}, {torch.get_num_threads()} threads; "
         f"{len(texts)} prompts of {int(lengths.min())} to {int(lengths.max())} tokens; {len(clamps)} neurons in "
-        f"{options.layers} layers; median of {options.rounds} rounds\n"
+        f"{options.layers} layers, {options.batch_size} rows at a time; median of {options.rounds} rounds\n"
     )
     print("| | seconds per neuron | times as long as the scan |\n| --- | --- | --- |")
     for name, median in medians.items():
@@ -104,7 +106,7 @@ def main() -> None:
         print(f"| {LABELS[name]()} | {median:.3f} [{low:.3f}, {high:.3f}] | {median / medians['harden']:.2f} |")
     peak = peak_rate(chat_model)
     print(f"\nmatrix products: {rate / 1e9:.0f} GFLOP/s in the scan, {rate / peak:.0%} of {peak / 1e9:.0f} at best")
-    growth(chat_model, texts, phrases)
+    growth(chat_model, texts, phrases, options.batch_size)
 
 
 LABELS = {
@@ -208,7 +210,7 @@ def peak_rate(chat_model: ChatModel, n: int = 3072) -> float:
     return max(2 * n**3 / timed(lambda: a @ a) for _ in range(5))
 
 
-def growth(chat_model: ChatModel, texts: list[str], phrases: RefusalPhrases) -> None:
+def growth(chat_model: ChatModel, texts: list[str], phrases: RefusalPhrases, batch_size: int) -> None:
     """How the scan's cost grows: with neurons, prompts, and layers above the clamp."""
     depth, half = len(chat_model.neurons.widths), max(1, len(texts) // 2)
 
@@ -216,7 +218,7 @@ def growth(chat_model: ChatModel, texts: list[str], phrases: RefusalPhrases) -> 
         clamps = [Clamp(Neuron(layer, index), 20.0) for index in range(neurons)]
 
         def scan() -> None:
-            log_odds_under(chat_model, clamps, texts[:prompts], phrases, BATCH, "growth")
+            log_odds_under(chat_model, clamps, texts[:prompts], phrases, batch_size, "growth")
 
         scan()
         return timed(scan)

@@ -41,11 +41,10 @@ class Batch:
 def pad_left(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> Batch:
     """Batch token sequences of unequal length, padded on the left so that all of them end together."""
     length = max(map(len, sequences))
-    ids = torch.full((len(sequences), length), pad_id)
-    mask = torch.zeros((len(sequences), length), dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        ids[row, length - len(sequence) :] = torch.tensor(sequence)
-        mask[row, length - len(sequence) :] = 1
+    missing = [length - len(sequence) for sequence in sequences]
+    rows = zip(missing, sequences, strict=True)
+    ids = torch.tensor([[*[pad_id] * n, *sequence] for n, sequence in rows], dtype=torch.long)
+    mask = (torch.arange(length) >= torch.tensor(missing)[:, None]).long()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     return Batch(ids.to(device), mask.to(device), positions.to(device))
 

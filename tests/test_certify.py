@@ -158,6 +158,7 @@ def test_a_scan_goes_on_where_it_was_interrupted(setup, certificate, monkeypatch
     monkeypatch.setattr(scanning, "CHUNK", 16)
     monkeypatch.setattr(scanning, "log_odds_under", counting)
     recipe = recipe_for(setup, "interrupted")
+    recipe = recipe.model_copy(update={"generation": recipe.generation.model_copy(update={"batch_size": 16})})
     with pytest.raises(KeyboardInterrupt):
         certify(recipe)
     monkeypatch.setattr(scanning, "log_odds_under", lambda *a: (scanned.append((len(a[1]), len(a[2]))), real(*a))[1])

@@ -24,7 +24,7 @@ from harden.locate.passes import Passes
 from harden.neurons import Neuron
 from harden.results import NeuronScan
 
-CHUNK = 256  # neurons that are scanned and saved together
+CHUNK = 256  # neurons that are scanned and saved together, or as many as a batch has rows: small ones waste a GPU
 
 
 def scan_neurons(
@@ -72,9 +72,11 @@ def scan_neurons(
     scans: list[NeuronScan] = []
     neurons = sorted(neurons)  # those of a layer run together
     with progress_bar(len(neurons), f"{name} neurons") as bar:
-        for number, start in enumerate(range(0, len(neurons), CHUNK)):
-            chunk = neurons[start : start + CHUNK]
-            scans += bench.folder.stage(f"{name}-{number:05d}", list[NeuronScan], lambda chunk=chunk: scan(chunk))
+        at_a_time = max(CHUNK, bench.recipe.generation.batch_size)
+        for start in range(0, len(neurons), at_a_time):
+            chunk = neurons[start : start + at_a_time]
+            stage = f"{name}-{start:06d}-{len(chunk)}"  # another batch size makes other chunks
+            scans += bench.folder.stage(stage, list[NeuronScan], lambda chunk=chunk: scan(chunk))
             bar.update(len(chunk))
     return scans
 
