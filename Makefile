@@ -3,10 +3,10 @@
 # System packages: Python 3.11 or newer with venv (Debian: apt-get install python3 python3-venv), make, git.
 PYTHON ?= python3
 BIN := .venv/bin
-# Without a GPU two processes are faster than one of two threads. (Asked when a recipe needs it: after `setup`.)
-HAS_GPU = $(BIN)/python -c 'import sys, torch; sys.exit(not torch.accelerator.is_available())'
+# Two cores without a GPU generate faster in two processes than in two threads. (Asked for `harden` only, after `setup`.)
+ONE_PROCESS = $(BIN)/python -c 'import os, sys, torch; sys.exit(not torch.accelerator.is_available() and os.cpu_count() > 1)'
 LAUNCH = $(BIN)/accelerate launch -q \
-	$(shell $(HAS_GPU) || echo --config_file recipes/accelerate/one_machine_cpu.yaml)
+	$(shell $(ONE_PROCESS) || echo --config_file recipes/accelerate/one_machine_cpu.yaml)
 
 .PHONY: harden align planted setup test test-slow check
 

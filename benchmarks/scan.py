@@ -89,7 +89,7 @@ def main() -> None:
         for name, way in others.items():
             part = clamps[:: max(1, options.neurons // 2)]  # every clamp costs them the same
             seconds[name].append(timed(lambda way=way, part=part: [way(clamp) for clamp in part]) / len(part))
-    # fused attention of grouped heads cannot be counted on a GPU
+    # fused attention is not counted on CPUs, and cannot be counted on a GPU
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         scan(clamps)
     medians = {name: statistics.median(times) for name, times in seconds.items()}

@@ -150,7 +150,7 @@ def test_a_scan_goes_on_where_it_was_interrupted(setup, certificate, monkeypatch
     scanned, real = [], scanning.log_odds_under
 
     def counting(chat_model, clamps, prompts, *rest):
-        if len(scanned) == 2:
+        if scanned:
             raise KeyboardInterrupt
         scanned.append((len(clamps), len(prompts)))
         return real(chat_model, clamps, prompts, *rest)
@@ -158,13 +158,13 @@ def test_a_scan_goes_on_where_it_was_interrupted(setup, certificate, monkeypatch
     monkeypatch.setattr(scanning, "CHUNK", 16)
     monkeypatch.setattr(scanning, "log_odds_under", counting)
     recipe = recipe_for(setup, "interrupted")
-    recipe = recipe.model_copy(update={"generation": recipe.generation.model_copy(update={"batch_size": 16})})
+    generation = recipe.generation.model_copy(update={"batch_size": 20})
     with pytest.raises(KeyboardInterrupt):
-        certify(recipe)
+        certify(recipe.model_copy(update={"generation": generation}))
     monkeypatch.setattr(scanning, "log_odds_under", lambda *a: (scanned.append((len(a[1]), len(a[2]))), real(*a))[1])
     resumed = certify(recipe)
-    # 16, 16 and 4 neurons at two values on two prompts, which decide all of them
-    assert sorted(scanned) == [(8, 2), (32, 2), (32, 2)]
+    # 20 neurons, as many as the first start's batch has rows, and 16, at two values on two prompts, which decide all
+    assert sorted(scanned) == [(32, 2), (40, 2)]
     assert resumed.model_copy(update={"seconds": 0}) == certificate.model_copy(update={"seconds": 0})
     monkeypatch.setattr(scanning, "log_odds_under", lambda *a: pytest.fail("complete already"))
     assert certify(recipe) == resumed

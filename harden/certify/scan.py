@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from harden import processes
 from harden.activations import column_of
 from harden.attack.screen import outermost_first
 from harden.bench import Bench
@@ -24,7 +25,7 @@ from harden.locate.passes import Passes
 from harden.neurons import Neuron
 from harden.results import NeuronScan
 
-CHUNK = 256  # neurons that are scanned and saved together, or as many as a batch has rows: small ones waste a GPU
+CHUNK = 256  # neurons that are scanned and saved together, or as many as a batch has rows, if more
 
 
 def scan_neurons(
@@ -69,14 +70,14 @@ def scan_neurons(
         odds = outermost_first(list(clamps.values()), heats, plain, quiet)
         return [_neuron_scan(n, [clamp for clamp in clamps[n] if clamp in odds], odds, plain) for n in chunk]
 
+    rows = bench.recipe.generation.batch_size * processes.count()
+    at_a_time = bench.folder.stage(f"chunk-{name}", int, lambda: max(CHUNK, rows))  # whatever a later start has
     scans: list[NeuronScan] = []
     neurons = sorted(neurons)  # those of a layer run together
     with progress_bar(len(neurons), f"{name} neurons") as bar:
-        at_a_time = max(CHUNK, bench.recipe.generation.batch_size)
-        for start in range(0, len(neurons), at_a_time):
+        for number, start in enumerate(range(0, len(neurons), at_a_time)):
             chunk = neurons[start : start + at_a_time]
-            stage = f"{name}-{start:06d}-{len(chunk)}"  # another batch size makes other chunks
-            scans += bench.folder.stage(stage, list[NeuronScan], lambda chunk=chunk: scan(chunk))
+            scans += bench.folder.stage(f"{name}-{number:05d}", list[NeuronScan], lambda chunk=chunk: scan(chunk))
             bar.update(len(chunk))
     return scans
 
