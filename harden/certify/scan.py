@@ -25,7 +25,7 @@ from harden.locate.passes import Passes
 from harden.neurons import Neuron
 from harden.results import NeuronScan
 
-CHUNK = 256  # neurons that are scanned and saved together, or as many as a batch has rows, if more
+CHUNK = 256  # neurons that are scanned and saved together, or as many as the processes' batches have rows, if more
 
 
 def scan_neurons(
