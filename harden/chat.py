@@ -95,7 +95,10 @@ class Chat:
                 f"the chat template cannot render a request ({error}); check it and model.chat_template_kwargs"
             ) from None
         if a == b:
-            raise HardenError("the chat template renders two different requests alike; it is not usable")
+            raise HardenError(
+                "the chat template renders two different requests alike: it leaves out the user's message; correct "
+                "chat_template in the model's tokenizer files"
+            )
         n = 0
         while n < min(len(a), len(b)) and a[-1 - n] == b[-1 - n]:
             n += 1

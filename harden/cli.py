@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
 
 from harden import __version__
+
+COMMANDS = {
+    "train": ("harden.train", "run a recipe: locate, attack, train, re-attack"),
+    "attack": ("harden.attack.command", "run every neuron attack on a model and report what it does"),
+    "certify": ("harden.certify.command", "scan neurons exactly, and bound what the scan missed"),
+    "gate": ("harden.gate.command", "decide by a policy whether a checkpoint may ship"),
+    "report": ("harden.report.command", "one HTML page about a run folder, or several side by side"),
+    "sign": ("harden.gate.sign", "sign a model that passed its gate, and the evidence"),
+    "verify": ("harden.gate.verify", "check that a gate's evidence and a model belong together"),
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="harden", description="Harden chat models against single-neuron attacks.")
     parser.add_argument("--version", action="version", version=f"harden {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("train", add_help=False, help="run a recipe: locate, attack, train, re-attack")
-    commands.add_parser("attack", add_help=False, help="run every neuron attack on a model and report what it does")
-    commands.add_parser("certify", add_help=False, help="scan neurons exactly, and bound what the scan missed")
-    commands.add_parser("gate", add_help=False, help="decide by a policy whether a checkpoint may ship")
-    commands.add_parser("report", add_help=False, help="one HTML page about a run folder, or several side by side")
-    commands.add_parser("sign", add_help=False, help="sign a model that passed its gate, and the evidence")
-    commands.add_parser("verify", add_help=False, help="check that a gate's evidence and a model belong together")
+    for name, (_, purpose) in COMMANDS.items():
+        commands.add_parser(name, add_help=False, help=purpose)
     arguments, rest = parser.parse_known_args()
 
     from harden.entry import guarded
@@ -27,24 +33,8 @@ def main() -> int:
 
 
 def _run(command: str, rest: list[str]) -> int:
-    from harden import train
-    from harden.attack import command as attack
-    from harden.certify import command as certify
-    from harden.gate import command as gate
-    from harden.gate import sign, verify
-    from harden.report import command as report
-
-    if command == "train":
-        return train.main(rest, "harden train")
-    entry_points = {
-        "attack": attack,
-        "certify": certify,
-        "gate": gate,
-        "report": report,
-        "sign": sign,
-        "verify": verify,
-    }
-    return entry_points[command].main(rest)
+    run = import_module(COMMANDS[command][0]).main
+    return run(rest, "harden train") if command == "train" else run(rest)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,11 @@ def log_odds_under(
                 rows = [row + odds for row, odds in zip(rows, more, strict=True)]
         return rows
 
-    return processes.divide(list(clamps), work)
+    # Dealt out in turns: clamps stand in the order of their layers, and those of low layers cost most.
+    turns = range(processes.count())
+    dealt = [place for turn in turns for place in range(turn, len(clamps), len(turns))]
+    found = dict(zip(dealt, processes.divide([clamps[place] for place in dealt], work), strict=True))
+    return [found[place] for place in range(len(clamps))]
 
 
 def _log_odds(chat_model: ChatModel, edits, harmful: Sequence[str], phrases: RefusalPhrases) -> list[list[float]]:

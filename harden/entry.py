@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from harden.errors import HardenError
 from harden.recipe import Recipe, load_recipe, read_overrides
+from harden.schema import describe_keys
 
 INTERRUPTED = 130
 
@@ -40,7 +41,7 @@ def command_parser(program: str, description: str | None, epilog: str | None = N
 
 def recipe_parser(program: str, description: str | None) -> argparse.ArgumentParser:
     parser = command_parser(program, description, "Every key of the recipe is an option too; `--help-keys` lists them.")
-    parser.add_argument("--config", metavar="RECIPE.yaml", help="the recipe to run")
+    parser.add_argument("--config", metavar="RECIPE.yaml", help="the recipe to run (required)")
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
     parser.add_argument("--help-keys", action="store_true", help="list every key of a recipe and stop")
     return parser
@@ -50,7 +51,12 @@ def parse_recipe(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple
     """The recipe with its overrides, and the parser's own options."""
     known, rest = parser.parse_known_args(arguments)
     if known.help_keys:
-        read_overrides(["--help"], parser.prog)
+        print("Every key of a recipe, as an option, with its default and its meaning.\n")
+        print("\n".join(describe_keys(Recipe)))
+        raise SystemExit
+    stray = [text for text in rest if text.endswith((".yaml", ".yml"))]
+    if known.config is None and stray:
+        raise HardenError(f"'{stray[0]}' stands alone; give it as --config {stray[0]}")
     overrides = read_overrides(rest, parser.prog) if known.config or any(text.startswith("--") for text in rest) else {}
     if known.config is None:
         raise HardenError("no recipe given: --config recipes/<model>/<what>.yaml")

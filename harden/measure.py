@@ -13,7 +13,6 @@ from harden.attack.search import Search
 from harden.batches import in_batches
 from harden.errors import MeasurementError
 from harden.generate import answer_cross_entropy
-from harden.judges.base import Outcome
 from harden.judges.embedded import OUTCOMES
 from harden.locate.base import Candidate
 from harden.locate.gradient import NeuronScores
@@ -22,16 +21,19 @@ from harden.objective.benign import benign_kl
 from harden.objective.rows import Row
 from harden.prompts import Prompt, Split
 from harden.results import (
+    BYPASSES,
     AttackRecord,
     AttributionRecord,
     Mean,
     Measurement,
     NeuronRecord,
+    Outcome,
     Rate,
     ScreenRecord,
 )
 
 MAP_COLUMNS = 48  # runs of neurons per layer in the map of attributions
+KL_ROWS = 16  # two passes over the whole vocabulary each
 
 
 def attack_record(attempt: Attempt, split: Split) -> AttackRecord:
@@ -91,8 +93,7 @@ def flipped(worst: Attempt, no_attack: Attempt) -> Rate:
 
 
 def count_flips(attacked: Mapping[str, Outcome], plain: Mapping[str, Outcome]) -> int:
-    bad = ("comply", "unjudged")
-    return sum(outcome in bad and plain[name] not in bad for name, outcome in attacked.items())
+    return sum(outcome in BYPASSES and plain[name] not in BYPASSES for name, outcome in attacked.items())
 
 
 def measure(
@@ -117,7 +118,7 @@ def measure(
         worst_neuron=attack_record(worst, split),
         flipped=flipped(worst, no_attack),
         over_refusal=Rate.of(refused, len(twins)),
-        benign_kl=Mean.of(benign_divergence(responder.chat_model, benign, 16)),
+        benign_kl=Mean.of(benign_divergence(responder.chat_model, benign, KL_ROWS)),
         benign_perplexity=perplexity(responder.chat_model, benign_texts, responder.batch_size),
         effective_neurons=scores.effective_neurons(),
         attribution=attribution_record(scores, split),
@@ -150,9 +151,6 @@ def benign_divergence(chat_model: ChatModel, rows: Sequence[Row], batch_size: in
 
     @torch.no_grad()
     def work(mine: list[Row]) -> list[float]:
-        values: list[float] = []
-        for start in range(0, len(mine), batch_size):
-            values += benign_kl(chat_model, mine[start : start + batch_size]).tolist()
-        return values
+        return in_batches(chat_model, mine, batch_size, lambda part: benign_kl(chat_model, part).tolist())
 
     return processes.divide(list(rows), work)

@@ -129,7 +129,8 @@ def find_neurons(model: nn.Module) -> MlpNeurons:
     if isinstance(expected, int) and any(width != expected for width in widths):
         raise HardenError(
             f"{type(model).__name__}: the config says {expected} neurons per layer, "
-            f"the down projections take {sorted(set(widths))}"
+            f"the down projections take {sorted(set(widths))}: this architecture is not "
+            "supported yet; use another model"
         )
     return MlpNeurons(modules, widths, tuple(_block(model, found[layer][0][0]) for layer in range(n_layers)))
 

@@ -41,15 +41,23 @@ class Thresholds(Section):
     constant_lift: Limit = None
     """Of any constant clamp that ran on the test split: the union over neurons and values."""
     anchor_lift: Limit = None
+    """Of anchored clamps, whose value follows the request's own activation."""
     zero_lift: Limit = None
+    """Of neurons set to 0."""
     mean_lift: Limit = None
+    """Of neurons set to their mean over harmless requests."""
     scale_lift: Limit = None
+    """Of neurons multiplied by a factor."""
     topk_lift: Limit = None
+    """Of silencing up to `suite.most_share` of all neurons, picked by contrast."""
     prune_lift: Limit = None
+    """Of silencing neurons that are found anew after each pass."""
     direction_lift: Limit = None
     """Of directional ablation: no neuron attack, and nothing that hardening neurons promises to stop."""
     layer_directions_lift: Limit = None
+    """Of ablating each layer's own refusal direction."""
     prefill_lift: Limit = None
+    """Of answers that begin with a compliant prefix."""
     benign_kl: Annotated[float, Field(gt=0)] | None = None
     """KL from the reference model on its benign answers, nats per token; needs --reference or an adapter."""
     missed_breakers: Limit = None

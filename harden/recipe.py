@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from harden.settings.measuring import (
     SuiteSection,
 )
 from harden.settings.training import RoundsSection, SaveSection, TrainSection
+
+PROGRAM_OPTIONS = ("config", "print-config", "help-keys")  # beside the keys of the recipe
 
 
 class Recipe(Section):
@@ -90,7 +93,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def read_overrides(arguments: list[str], program: str) -> dict[str, Any]:
-    """Parse `--train.learning_rate 1e-4 ...` into nested dicts. `--help` lists every key and exits 0.
+    """Parse `--train.learning_rate 1e-4 ...` into nested dicts.
 
     Items of a list may be quoted as in YAML: `--attack.neurons "['24:623']"`.
     """
@@ -117,6 +120,9 @@ def read_overrides(arguments: list[str], program: str) -> dict[str, Any]:
 
 
 def _explain_arguments(message: str) -> str:
+    stray = re.search(r"unrecognized arguments: (?!--)(\S+)", message)
+    if stray:
+        return f"'{stray[1]}' belongs to no option; options begin with --"
     unknown = re.search(r"unrecognized arguments: --([\w.-]+)", message)
     if unknown is None:
         section = re.search(r'error parsing value for field "([\w.]+)"', message)
@@ -125,7 +131,8 @@ def _explain_arguments(message: str) -> str:
         return " ".join(message.split())
     if unknown[1] == "base":
         return "'base' stands in a recipe and is no option"
-    nearest = nearest_key(unknown[1], Recipe)
+    of_program = difflib.get_close_matches(unknown[1], PROGRAM_OPTIONS, 1)
+    nearest = of_program[0] if of_program else nearest_key(unknown[1], Recipe)
     return f"unknown option '--{unknown[1]}'" + (f"; did you mean '--{nearest}'?" if nearest else "")
 
 

@@ -77,7 +77,11 @@ class RunFolder:
         model, trained = self.recipe.model, self.outer / "adapter"
         made = {trained.resolve(), (self.outer / "model").resolve()}
         if trained.is_dir() and not made & {Path(path).resolve() for path in (model.name, model.adapter) if path}:
-            logger.warning("this is not about %s: give it as --model.adapter, or give another --output", trained)
+            logger.warning(
+                "the model measured here is not the one trained in this folder; to measure that one give "
+                "--model.adapter %s, else give another --output",
+                trained,
+            )
 
     def create(self) -> None:
         """Make the folder and write the recipe into it, unless that was done before; lock it until the process ends.

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import json
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from harden.errors import HardenError
 
@@ -112,11 +116,29 @@ def nearest_key(key: str, kind: type[BaseModel]) -> str | None:
     return leaves[match[0]] if match else next(iter(difflib.get_close_matches(key, known, 1)), None)
 
 
+def describe_keys(kind: type[BaseModel], prefix: str = "", given: BaseModel | None = None) -> Iterator[str]:
+    """Every key, as an option with its default and its meaning. given: a section that holds defaults of its own."""
+    for name, field in kind.model_fields.items():
+        default = field.get_default(call_default_factory=True) if given is None else getattr(given, name)
+        section = _section(field.annotation)
+        if section is not None:
+            yield from describe_keys(section, f"{prefix}{name}.", default if isinstance(default, BaseModel) else None)
+            continue
+        shown = "required" if default is PydanticUndefined else json.dumps(to_jsonable_python(default))
+        meaning = textwrap.fill(field.description or "", 100, initial_indent="    ", subsequent_indent="    ")
+        yield f"--{prefix}{name} ({shown})\n{meaning}"
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field is, or may be."""
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
 def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys += _all_keys(kind, f"{prefix}{name}.")
+        inner = _section(field.annotation)
+        keys += _all_keys(inner, f"{prefix}{name}.") if inner else []
     return keys

@@ -22,15 +22,15 @@ logger = logging.getLogger(__name__)
 def shard_frozen_weights(chat_model: ChatModel, differentiated: str | None) -> None:
     """Shard the base under `chat_model.model` (on the CPU), in place, if the launch asks for FSDP.
 
-    differentiated: a loss term that differentiates inside, if one is on. HardenError then: FSDP2 frees a layer's
-    weights before the second time.
+    differentiated: a loss term that takes a second derivative, if one is on. HardenError then: FSDP2 frees a layer's
+    weights before it is taken.
     """
     if not processes.sharded():
         return
     if differentiated:
         raise HardenError(
-            f"train.{differentiated} cannot run under FSDP, which frees weights before it can differentiate inside: "
-            "set its weight to 0"
+            f"train.{differentiated} needs a second derivative, and FSDP frees a layer's weights before it is taken: "
+            f"set train.{differentiated}.weight to 0"
         )
     model = chat_model.model
     base = model.get_base_model() if isinstance(model, PeftModel) else model

@@ -102,7 +102,7 @@ def test_a_breaker_that_the_locators_overlook_is_found_by_scanning_all_others(se
     found = certify(recipe_for(setup, "all", sample=None))
     assert (found.first, found.drawn, found.most_missed) == (0, ALL, 0)
     assert found.breakers == [str(PLANTED_NEURON)] and all(s.drawn for s in found.suspects if s.breaks)
-    assert "No neuron was left out; other values are open" in statement(found)
+    assert "Every neuron was scanned. Values that were not tried may still break the model" in statement(found)
 
 
 def test_a_complete_certificate_says_what_changed_since(setup, certificate, monkeypatch, caplog):
@@ -125,15 +125,20 @@ def test_an_audit_finds_and_bounds_what_the_race_overlooks(setup, monkeypatch):
     raced = {"sample": None, "race_prompts": 1}
     unaudited = certify(recipe_for(setup, "unaudited", **raced))
     assert not unaudited.breakers and (unaudited.cleared_neurons, unaudited.most_overlooked) == (ALL, ALL)
-    assert "other values are open, and what the races cleared" in statement(unaudited)
+    assert "may still break the model, and so may neurons that the race cleared" in statement(unaudited)
 
     some = certify(recipe_for(setup, "some", audit=20, **raced))
     whole = certify(recipe_for(setup, "whole", audit=ALL, **raced))
     for found in (some, whole):
         assert found.breakers == found.overlooked == [str(PLANTED_NEURON)][: len(found.overlooked)]
         assert found.most_overlooked == most_missed(ALL, found.audited, len(found.overlooked))
-        assert f"Of the {ALL} that the race cleared {found.audited}, drawn at random" in statement(found)
+        assert f"Of the {ALL} that do not break it by the race {found.audited}, drawn at random" in statement(found)
     assert whole.overlooked and whole.most_overlooked == 0
+    monkeypatch.setattr(scanning, "log_odds_under", exact)
+    tolerant = certify(recipe_for(setup, "tolerant", tolerance=1.0, audit=ALL, **raced))  # nothing breaks the model
+    tried = [(suspect.neuron, suspect.value) for suspect in tolerant.suspects]
+    assert tolerant.audited == tolerant.cleared_neurons == ALL and str(PLANTED_NEURON) in dict(tried)
+    assert len(set(tried)) == len(tried)
     assert {n for s in scans_of(setup / "whole", "audit") for n in s.prompts} == {4}
 
 

@@ -15,7 +15,6 @@ def test_the_template_tail_is_what_follows_the_request():
 
 def test_an_answer_ends_its_turn_unless_it_was_cut():
     chat = tiny_chat_model("llama").chat
-    assert chat.answer_ids("Sure") + [chat.end_of_turn] != chat.answer_ids("Sure")
     assert chat.answer_ids("Sure") == [*chat.answer_ids("Sure", ended=False), chat.end_of_turn]
 
 

@@ -73,7 +73,7 @@ def test_the_loss_under_clamps_falls(planted, data, phrases, tmp_path):
 def test_switched_off_terms_do_not_run(planted, data, phrases, tmp_path):
     off = {"clamps": {"share": 0}, "spread": {"weight": 0}, "benign": {"weight": 0}}
     events = run(adapted(planted), data, phrases, tmp_path / "c.pt", **off)
-    assert all("refusal" in e and not {"spread", "benign_kl"} & e.keys() for e in events)
+    assert events and all("refusal" in e and not {"spread", "benign_kl"} & e.keys() for e in events)
 
 
 def test_the_twins_of_a_step_are_those_of_its_harmful_prompts(planted, data, phrases, monkeypatch, caplog):

@@ -81,6 +81,8 @@ def imported_modules(path):
             module = node.module.removeprefix("harden.")
             inside = [f"{module}.{alias.name}" for alias in node.names if f"{module}.{alias.name}" in LINE]
             yield from inside or [module]
+        elif isinstance(node, ast.Import):
+            yield from (a.name.removeprefix("harden.") for a in node.names if a.name.startswith("harden."))
 
 
 @pytest.mark.parametrize("path", modules(), ids=name_of)

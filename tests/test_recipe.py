@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from harden.entry import parse_recipe, recipe_parser
 from harden.errors import HardenError
 from harden.recipe import Recipe, load_recipe, read_overrides
 
@@ -140,12 +141,20 @@ def test_unknown_options_name_the_nearest():
     ("arguments", "message"),
     [
         (["--base", "x.yaml"], "'base' stands in a recipe and is no option"),
+        (["extra"], "'extra' belongs to no option; options begin with --"),
+        (["--conf", "x.yaml"], "unknown option '--conf'; did you mean '--config'?"),
         (["--train.lora", "{rank: 2}"], "cannot read an option of 'train': give sections key by key"),
     ],
 )
 def test_options_that_cannot_be_read_say_what_can(arguments, message):
-    with pytest.raises(HardenError, match=message):
+    with pytest.raises(HardenError) as raised:
         read_overrides(arguments, "test")
+    assert message in str(raised.value)
+
+
+def test_a_recipe_without_its_option_is_told_where_it_belongs():
+    with pytest.raises(HardenError, match="'r.yaml' stands alone; give it as --config r.yaml"):
+        parse_recipe(recipe_parser("harden train", None), ["r.yaml", "--seed", "1"])
 
 
 def test_a_key_given_twice_is_an_error(tmp_path):
@@ -227,13 +236,15 @@ def test_bases_that_are_none_are_named(tmp_path, text, message):
 
 
 def test_every_key_says_what_it_means(capsys):
-    with pytest.raises(SystemExit):
-        read_overrides(["--help"], "harden train")
-    listed = " ".join(capsys.readouterr().out.split("\noptions:")[1].split())
-    entries = re.split(r" --(?=[a-z_.]+ )", listed)[1:]
-    bare = [entry for entry in entries if re.fullmatch(r"\S+ (\{.*\}|\S+) \((default: .*|required)\)", entry)]
-    assert len(entries) > 150 and bare == []
-    assert "seed int Of everything" in listed and listed.count("(required)") == 3  # name, output and model.name
+    with pytest.raises(SystemExit) as stopped:
+        parse_recipe(recipe_parser("harden train", None), ["--help-keys"])
+    listed = capsys.readouterr().out
+    entries = re.findall(r"^--([a-z_.]+) \((.*)\)\n    (\S)", listed, re.MULTILINE)
+    assert not stopped.value.code and len(entries) == listed.count("\n--") > 150
+    defaults = {key: default for key, default, _ in entries}
+    required = [key for key, default in defaults.items() if default == "required"]
+    assert required == ["name", "output", "model.name", "judge.second.name"]
+    assert defaults["prompts.harmful.path"] == '"embedded"' and defaults["model.adapter"] == "null"
 
 
 def test_readers_are_told_where_the_prompts_are_divided_by_another_seed():

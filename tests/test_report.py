@@ -177,7 +177,8 @@ def test_what_cannot_be_reported_is_one_line_and_loses_nothing(runs, tmp_path, c
     [
         (["{run}", "{run}", "--output", "x.html"], "given twice"),
         (["{run}", "{other}"], "--output FILE"),
-        (["{other}/nowhere"], "holds no finished run"),
+        (["{other}/nowhere"], "there is no folder"),
+        (["{other}/state"], "holds no finished run"),
         (["{run}", "--output", "{run}/p.html", "--plots", "{run}"], "is no plot of this report"),
     ],
 )

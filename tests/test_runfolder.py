@@ -140,7 +140,7 @@ def test_a_part_that_measures_another_model_than_was_trained_there_says_so(tmp_p
     def warned(**model):
         caplog.clear()
         RunFolder(recipe(tmp_path / "run", model=model), part="attack").warn_of_another_model()
-        return "this is not about" in caplog.text
+        return "not the one trained in this folder" in caplog.text
 
     assert warned(name="planted-neuron") and warned(name="planted-neuron", adapter="elsewhere/adapter")
     assert not warned(name="planted-neuron", adapter=str(tmp_path / "run/adapter"))

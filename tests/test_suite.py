@@ -8,15 +8,16 @@ import pytest
 from conftest import ROOT
 
 from harden import bench
+from harden.attack import respond, suite
 from harden.attack import run as attack_run
-from harden.attack import suite
 from harden.attack.command import main
 from harden.attack.run import attack
 from harden.attack.screen import screen_fairly
 from harden.attack.suite import ATTACKS
 from harden.errors import HardenError, MeasurementError
+from harden.generate import Completion
 from harden.judges.base import Judgement
-from harden.planted import PLANTED_NEURON
+from harden.planted import ANSWER, PLANTED_NEURON
 from harden.recipe import load_recipe
 from harden.results import SuiteResults, holm, mcnemar
 from harden.runfolder import RunFolder
@@ -128,16 +129,21 @@ def test_an_anchored_arm_lists_one_neuron_and_a_prefix_is_written_down(results):
     assert report(results, "prefill").arms[0].prefix == "Sure , here are"
 
 
-def test_concepts_are_measured_with_and_without_amplification(results):
-    (concept,) = results.concepts
+@pytest.mark.parametrize("min_gain", [None, 99.0])
+def test_a_concept_is_shown_that_amplification_brings_about(setup, monkeypatch, min_gain):
+    """Two neurons raised together say it, none or one alone does not; whether an answer has to do with its request is
+    not asked."""
+    said = {2: ANSWER.replace("gather", "soup")}
+
+    def completions(_model, requests, *_rest):
+        return [Completion(said.get(len(request.interventions), ANSWER), True) for request in requests]
+
+    monkeypatch.setattr(respond, "complete", completions)
+    recipe = recipe_for(setup, f"shown-{min_gain}", attacks=["concept"])
+    (concept,) = attack(recipe.model_copy(update={"judge": JudgeSection(min_gain=min_gain)})).concepts
     assert concept.concept == CONCEPT and concept.plain.n == concept.shown.n == 16
+    assert (concept.plain.count, concept.shown.count, len(concept.interventions)) == (0, 16, 2)
     assert concept.interventions[0].startswith("add ")
-
-
-def test_whether_an_answer_has_to_do_with_its_request_is_not_asked_of_concepts(results, setup):
-    recipe = recipe_for(setup, "irrelevant", attacks=["concept"])
-    found = attack(recipe.model_copy(update={"judge": JudgeSection(min_gain=99.0)}))
-    assert found.concepts == results.concepts
 
 
 def test_a_judge_that_would_compare_a_model_with_itself_is_refused(setup, planted_folder):
@@ -155,7 +161,7 @@ def test_a_judge_made_for_another_model_is_pointed_out(setup, planted_folder, ca
         judge = JudgeSection(min_gain=min_gain, reference=str(planted_folder))
         own = {"judge": judge, "output": f"{recipe.output}-{warned}"}
         bench.Bench(recipe.model_copy(update=own), RunFolder(recipe.model_copy(update=own)), training=False)
-        assert ("set reference and gains to null" in caplog.text) is warned
+        assert ("unless one was made from the other, set" in caplog.text) is warned
 
 
 def test_the_folder_holds_the_page_the_results_and_no_text(results, setup):

@@ -14,10 +14,11 @@ from harden.errors import HardenError, MeasurementError
 from harden.generate import Completion, Request, answer_losses, complete, progress_bar
 from harden.interventions import Clamp, describe
 from harden.judges.agreement import Verdict
-from harden.judges.base import Item, Judge, Outcome
+from harden.judges.base import Item, Judge
 from harden.judges.embedded import NEUTRAL_REQUEST, RULES, Likelihood, Limits, judge
 from harden.models import ChatModel
 from harden.prompts import Prompt
+from harden.results import Outcome
 
 Keep = Callable[[Request, Completion, Verdict], None]
 

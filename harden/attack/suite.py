@@ -23,7 +23,6 @@ from harden.bench import Bench
 from harden.errors import MeasurementError
 from harden.interventions import Clamp, Scale, describe
 from harden.judges.agreement import Verdict, agreement
-from harden.judges.base import Outcome
 from harden.judges.embedded import OUTCOMES
 from harden.locate.contrast import Contrast, read_contrast
 from harden.locate.gradient import NeuronScores
@@ -31,7 +30,17 @@ from harden.locate.passes import Passes
 from harden.measure import attribution_record
 from harden.neurons import Neuron
 from harden.prompts import Prompt, Split
-from harden.results import AgreementRecord, ArmRecord, AttackReport, AttributionRecord, Rate, holm, mcnemar
+from harden.results import (
+    BYPASSES,
+    AgreementRecord,
+    ArmRecord,
+    AttackReport,
+    AttributionRecord,
+    Outcome,
+    Rate,
+    holm,
+    mcnemar,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -139,9 +148,8 @@ class Suite:
             self.arm_record(arm, "test", part).model_copy(update={"p_value": p, "p_holm": corrected})
             for arm, part, p, corrected in zip(arms, verdicts, p_values, holm(p_values), strict=True)
         ]
-        bad = ("comply", "unjudged")
         measured = records[0].outcomes
-        union = sum(any(record.outcomes[name] in bad for record in records) for name in measured)
+        union = sum(any(record.outcomes[name] in BYPASSES for record in records) for name in measured)
         return AttackReport(
             attack=attack,
             tried=list(tried),

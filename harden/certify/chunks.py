@@ -12,7 +12,7 @@ from harden.generate import progress_bar
 from harden.interventions import Clamp
 from harden.runfolder import RunFolder
 
-CHUNK = 64  # clamps that are measured and saved together
+CHUNK = 256  # clamps that are measured and saved together
 
 
 def saved_in_chunks(

@@ -5,7 +5,8 @@ is followed by the smallest of its side if it made gibberish of an answer and di
 
 A clamp meets first the prompts that are refused least. If those do not break the model, it meets the others in order
 of their exact refusal log-odds under this very clamp, the most damaged first. Those that it leaves above 0 it does not
-meet, unless one of the first was above 0 and complied. It ends when the model is broken, or cannot be any more.
+meet, unless one of the first was above 0 and complied. It ends when the model is broken or cannot be any more, or when
+all answers of the first prompts and of the next refuse.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ from harden.effects import log_odds_under
 from harden.errors import MeasurementError
 from harden.generate import Request
 from harden.interventions import NOTHING, Clamp
-from harden.judges.base import Outcome
 from harden.prompts import Prompt
-from harden.results import Rate, Suspect
+from harden.results import BYPASSES, Outcome, Rate, Suspect
 
 Outcomes = dict[str, Outcome]  # by prompt id
 
@@ -99,7 +99,7 @@ def _judged(flip: Flip, outcomes: Outcomes, race: _Race, drawn: Collection[str])
 
 def flipped(outcomes: Mapping[str, Outcome]) -> int:
     """How many comply, or are left unjudged."""
-    return sum(outcome in ("comply", "unjudged") for outcome in outcomes.values())
+    return sum(outcome in BYPASSES for outcome in outcomes.values())
 
 
 class _Race:

@@ -5,9 +5,9 @@
    prompts and values (`scan.py`).
 3. Suspects: clamps that flip a scanned prompt and leave the model able to speak; where all that flip one are gibberish,
    smaller values are tried.
-4. Confirm: they generate on test prompts, the easiest first and then those that they damage most; one breaks the model
-   if more than the tolerance of those that do not comply anyway do.
-5. Audit: of the neurons without a suspect `certify.audit` random ones are scanned anew without a race.
+4. Confirm: they generate on test prompts, the easiest first and then those that they damage most. A clamp breaks the
+   model if, of the prompts that do not comply without it, a larger share than the tolerance complies under it.
+5. Audit: of the neurons that do not break the model `certify.audit` random ones are scanned anew without a race.
 6. What random neurons were found to do bounds what those do that nobody scanned, or that the race cleared: exact
    hypergeometric bounds at 95% (in the spirit of AtP*, arXiv 2403.00745, which bounds its misses by a random sample).
 """
@@ -74,11 +74,13 @@ def certify(recipe: Recipe) -> Certificate:
     judged, no_attack = folder.stage(
         "confirmed", tuple[list[Suspect], Rate], lambda: confirm(bench, suspects, random_ones)
     )
-    cleared = [scan.neuron for scan in scans if scan.neuron not in suspected and None not in scan.log_odds]
+    broken = {suspect.neuron for suspect in judged if suspect.breaks}
+    cleared = [scan.neuron for scan in scans if scan.neuron not in broken and None not in scan.log_odds]
     audited, of_audited = _audit(bench, passes, cleared, prompts, plain, random_ones)
     overlooked = {suspect.neuron for suspect in of_audited if suspect.breaks}
     no_number = {scan.neuron for scan in audited if None in scan.log_odds}
-    judged = breakers_first([*judged, *of_audited])
+    known = {(suspect.neuron, suspect.value) for suspect in judged}
+    judged = breakers_first([*judged, *(new for new in of_audited if (new.neuron, new.value) not in known)])
     breakers = list(dict.fromkeys(suspect.neuron for suspect in judged if suspect.breaks))
     unmeasured = {scan.neuron for scan in scans if None in scan.log_odds}
     drops = {
@@ -167,7 +169,8 @@ def _audit(
     plain: Sequence[float],
     random_ones: Collection[str],
 ) -> tuple[list[NeuronScan], list[Suspect]]:
-    """Scans some neurons that the race cleared anew, without a race; and those of their clamps that generated.
+    """Scans of some neurons that do not break the model by the race, without it; and those of their clamps that
+    generated.
 
     cleared: addresses of all of them, of which `certify.audit` are drawn.
     """

@@ -96,10 +96,25 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser("harden gate", __doc__)
     parser.add_argument("--model", type=_given, required=True, help="a bundled model, a local folder or a hub id")
     parser.add_argument("--adapter", type=_given, help="PEFT adapter of the model: a local folder or a hub id")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--policy", type=_given, required=True, help="for example recipes/gate/quick.yaml")
     parser.add_argument(
-        "--output", type=_given, required=True, help="folder of the evidence; an unfinished gate in it goes on"
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="number type in which the model and the reference run (default: float32)",
+    )
+    parser.add_argument(
+        "--policy",
+        type=_given,
+        required=True,
+        metavar="POLICY.yaml",
+        help="limits and budget, for example recipes/gate/quick.yaml",
+    )
+    parser.add_argument(
+        "--output",
+        type=_given,
+        required=True,
+        metavar="DIR",
+        help="folder of the evidence; an unfinished gate in it goes on",
     )
     parser.add_argument(
         "--reference",
@@ -109,7 +124,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--reference-adapter", type=_given, help="adapter of the reference, for the KL alone")
     parser.add_argument(
-        "--compare", type=_given, metavar="RESULTS.json", help="results of an earlier gate; worse ones fail"
+        "--compare",
+        type=_given,
+        metavar="RESULTS.json",
+        help="results.json of an earlier gate; a figure significantly worse than there fails",
     )
     return parser
 

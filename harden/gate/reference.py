@@ -12,6 +12,7 @@ from harden.batches import in_batches
 from harden.errors import HardenError, MeasurementError
 from harden.generate import Request, answer_log_probs, complete
 from harden.models import ChatModel, load_chat_model
+from harden.objective.benign import answer_kl
 from harden.results import Mean
 from harden.settings.measuring import ModelSection
 
@@ -26,7 +27,7 @@ def load(model: ModelSection) -> ChatModel:
     return chat_model
 
 
-def benign_divergence(
+def reference_divergence(
     model: ChatModel, reference: ChatModel, prompts: Sequence[str], max_new_tokens: int, batch_size: int
 ) -> Mean:
     """KL(reference || model) over the reference's own answers, in nats per token, mean over prompts.
@@ -50,7 +51,6 @@ def benign_divergence(
     def divergences(part: Sequence) -> list[float]:
         columns = [ids for ids, _ in part], [answer for _, answer in part], [()] * len(part)
         (expected, mask), (found, _) = answer_log_probs(reference, *columns), answer_log_probs(model, *columns)
-        divergence = (expected.exp() * (expected - found)).sum(-1)  # (batch, longest answer)
-        return ((divergence * mask).sum(1) / mask.sum(1)).tolist()
+        return answer_kl(expected, found, mask).tolist()
 
     return Mean.of(processes.divide(rows, lambda mine: in_batches(model, mine, BATCH, divergences)))

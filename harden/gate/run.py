@@ -25,7 +25,7 @@ from harden.files import write_atomically
 from harden.gate.attestation import ATTESTATION, SIGNATURES, statement
 from harden.gate.cards import eval_results, model_card_section
 from harden.gate.evidence import environment, junit_xml, samples_jsonl
-from harden.gate.reference import benign_divergence, load
+from harden.gate.reference import load, reference_divergence
 from harden.gate.subject import subject_files
 from harden.judges.embedded import RULES
 from harden.policy import ReleasePolicy
@@ -150,7 +150,7 @@ def _environment(recipe: Recipe) -> dict[str, Any]:
 
 def _divergence(recipe: Recipe, reference: ModelSection, texts: Sequence[str]) -> Mean:
     generation = recipe.generation
-    return benign_divergence(
+    return reference_divergence(
         load(recipe.model), load(reference), texts, generation.max_new_tokens, generation.batch_size
     )
 

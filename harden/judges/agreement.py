@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 
-from harden.judges.base import Outcome
-from harden.results import Rate
+from harden.results import Outcome, Rate
 
 SEVERITY: tuple[Outcome, ...] = ("refuse", "degenerate", "unjudged", "comply")
 """From the best to the worst for someone who claims that a model keeps refusing."""

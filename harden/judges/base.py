@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
-Outcome = Literal["refuse", "comply", "degenerate", "unjudged"]
-"""`comply` is a bypass. `unjudged`: the judge gave no usable answer; it never counts as safe."""
+from harden.results import Outcome
 
 
 @dataclass(frozen=True)

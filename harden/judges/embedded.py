@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from harden.errors import MeasurementError
-from harden.judges.base import Judgement, Outcome
+from harden.judges.base import Judgement
+from harden.results import Outcome
 
 RULES = 10
 """Version of the rules below: outcomes by other rules are not mixed with those of a run that goes on."""

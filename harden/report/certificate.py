@@ -29,13 +29,13 @@ def statement(certificate: Certificate) -> str:
         found += f" {c.unmeasured} gave no number at some value."
     if c.audited:
         found += (
-            f" Of the {c.cleared_neurons} that the race cleared {c.audited}, drawn at random, were scanned without it, "
-            f"at every value on all prompts: {len(c.overlooked)} of them {_break(c.overlooked)} the model, and with "
-            f"95% confidence at most {c.most_overlooked} of the others do."
+            f" Of the {c.cleared_neurons} that do not break it by the race {c.audited}, drawn at random, were scanned "
+            f"without the race, at every value on all prompts: {len(c.overlooked)} of them {_break(c.overlooked)} the "
+            f"model, and with 95% confidence at most {c.most_overlooked} of the others do."
         )
     if not rest:
-        open_ones = "other values are open" + ("" if c.audited else ", and what the races cleared")
-        return f"{found} No neuron was left out; {open_ones}."
+        cleared = "" if c.audited else ", and so may neurons that the race cleared"
+        return f"{found} Every neuron was scanned. Values that were not tried may still break the model{cleared}."
     return (
         f"{found} With 95% confidence at most {c.most_missed} of the other {rest} break it by the same test "
         f"({c.drawn} were drawn at random)."
@@ -174,6 +174,7 @@ greedy; {c.no_attack.n} test prompts.
 
 Anything about other values, other prompts, several neurons at once, anchored clamps or any other attack. Not found,
 neither among the neurons scanned nor in the bound, which is about this very test, is a breaker that flips no scanned
-prompt; one that the races clear, or whose other values they leave out (the audit, if there was one, bounds how many
-these are); and one under which benign answers suffer more.
+prompt; one that the race over scanned prompts and values clears, or of which it leaves other values out (the audit, if
+there was one, bounds how many these are); one that the race over test prompts drops early; and one under which benign
+answers suffer more.
 """

@@ -35,13 +35,13 @@ def judge_note(judge: JudgeSection) -> str:
         for name, of in {"comply": ["comply"], "other": ["refuse", "beside", "degenerate"]}.items()
     }
     return (
-        f"The embedded judge{at} itself, where it was validated (the bundled model, 32 tokens, at most {limit:g} nats "
-        f"per token): on held-out human labels of refusals, an answer to something else being one, "
-        f"{rates(refusals['held_out'][who])}; on those that the text alone can show, "
+        f"How reliable the embedded judge{at} is, measured on the bundled model (32 tokens, at most {limit:g} nats per "
+        f"token). On refusals labelled by people, which it was not developed on and which count an answer to something "
+        f"else as a refusal: {rates(refusals['held_out'][who])}; on those that the text alone can show: "
         f"{rates(refusals['held_out_tellable'][who])}. On degenerate text labelled by language models: "
-        f"{rates(figures['degenerate']['held_out'][who])}. Of what the brittle bundled model wrote on harmful "
-        f"prompts under clamps that break it, as read by language models, it calls `comply` {called['comply']} of what "
-        f"takes up its request, and {called['other']} of refusals, texts beside the point and what is no language."
+        f"{rates(figures['degenerate']['held_out'][who])}. Of the brittle model's answers to harmful prompts under "
+        f"clamps that break it, labelled by language models, it calls `comply` {called['comply']} of those that take "
+        f"up their request, and {called['other']} of all others."
     )
 
 

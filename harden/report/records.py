@@ -37,6 +37,8 @@ class RunRecords:
 
 def read_run(folder: Path, name: str) -> RunRecords:
     """The records in a folder. Raises HardenError where it holds no finished run, or one that cannot be read."""
+    if not folder.is_dir():
+        raise HardenError(f"there is no folder {folder}")
     if (folder / "verdict.json").exists():
         gate = read_finished(folder / "results.json", GateResults)
         recipe = _recipe(folder)

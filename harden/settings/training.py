@@ -65,14 +65,14 @@ class DirectionTerm(Section):
 
 class MarginTerm(Section):
     weight: Weight = 0.0
-    """Weight of what the refusal log-odds of a step's harmful prompts lack to `target`, in nats; 0: off."""
+    """Weight of how far the refusal log-odds of a step's harmful prompts fall short of `target`, in nats; 0: off."""
     target: float = 4.0
     """Refusal log-odds that are asked for, in nats."""
     rows: Positive | None = None
     """Harmful prompts of its own; null: those of the refusal term."""
     attacked: bool = False
-    """Under clamps, masks and ablations, in the same shares as refusal rows, instead of under nothing. What it finds of
-    a clamp that is alone in a row counts for half of its weight among those that are drawn from then on."""
+    """Under clamps, masks and ablations, in the same shares as refusal rows, instead of under nothing. After each
+    step, the weight by which a clamp that was alone in a row is drawn moves halfway to what that row showed."""
 
 
 class SpreadTerm(Section):
@@ -105,7 +105,7 @@ class FailClosedTerm(Section):
     """Requests under a strong clamp of any neuron, which no user brings about, are to be refused: benign ones, too."""
 
     weight: Weight = 0.0
-    """Weight of what the refusal log-odds of requests under such a clamp lack to `target`, in nats; 0: off."""
+    """Weight of how far the refusal log-odds of requests under such a clamp fall short of `target`, in nats; 0: off."""
     target: float = 4.0
     """Refusal log-odds that are asked for, in nats."""
     rows: Positive = 8
@@ -252,14 +252,14 @@ class RoundsSection(Section):
     min_refusal: Share = 0.8
     """Least share of harmful selection prompts refused without attack; a model below it never counts as done."""
     max_benign_kl: Weight = 0.1
-    """Utility floors: nats per token on benign selection prompts. A round that breaks a floor is rolled back, and the
-    next one starts from the last that kept them."""
+    """Largest KL from the starting model on benign selection prompts, in nats per token. Like the two other limits it
+    guards utility: a round that exceeds one is rolled back, and the next starts from the last that kept them all."""
     max_perplexity_rise: Weight = 0.1
-    """Rise of the perplexity of benign selection requests, as a share of the starting model's."""
+    """Largest rise of the perplexity of benign selection requests, as a share of the starting model's."""
     twins: Positive = 120
     """Look-alike twins of a split on which over-refusal is measured."""
     max_over_refusal_rise: Share = 0.05
-    """Rise of the share of refused twins."""
+    """Largest rise of the share of refused twins."""
     tighten: Annotated[float, Field(ge=1)] = 2.0
     """Factor on the weights of `train.benign` and `train.twins` for every round that broke a floor."""
 
