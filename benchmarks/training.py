@@ -114,10 +114,8 @@ def measured(recipe: Recipe) -> Cost:
     run = Run(recipe, RunFolder(recipe))
     events: list[dict] = []
     forget_peak()
-    train_round(
-        run.chat_model, run.data, run.bench.phrases, recipe.train, recipe.attack.max_benign_rise, [],
-        recipe.generation.batch_size, recipe.seed, 1, run.folder.state / "checkpoint.pt", events.append,
-    )  # fmt: skip
+    context = run.round_context(recipe.train, past_breakers=[])
+    train_round(context, recipe.seed, 1, run.folder.state / "checkpoint.pt", events.append)
     return Cost(seconds=statistics.mean(event["seconds"] for event in events), peak=peak())
 
 

@@ -1,4 +1,4 @@
-"""What harmful rows are trained under: clamps that break the model now, and the baselines' masks and ablations.
+"""What rows are trained under: clamps that break the model now, strong ones, and the baselines' masks and ablations.
 
 Neurons are located on the present weights, and clamp sizes count in their present gaps, strengths in norms of the
 starting model's residual stream; what keeps clamps from growing with training is that they must be coherent on the
@@ -19,8 +19,9 @@ import torch
 
 from harden.activations import column_of, neuron_at
 from harden.attack.arms import Anchor, anchored, refusal_directions
-from harden.attack.screen import Probe, screen_clamps
+from harden.attack.screen import screen_clamps
 from harden.attack.select import RANDOM, select_candidates
+from harden.context import RoundContext, pick
 from harden.generate import mean
 from harden.interventions import Ablate, Clamp, Intervention, Scale
 from harden.locate.base import Candidate, clamps_of
@@ -29,8 +30,6 @@ from harden.locate.passes import Passes
 from harden.models import ChatModel
 from harden.neurons import Neuron
 from harden.prompts import Prompt
-from harden.refusal import RefusalPhrases
-from harden.settings.training import ClampTerm, TrainSection
 
 logger = logging.getLogger(__name__)
 
@@ -85,12 +84,11 @@ class Adversary:
             ]
         return tuple(drawn)
 
-    def clamped(
-        self, rng: random.Random, settings: ClampTerm, max_benign_rise: float, chat_model: ChatModel, text: str
-    ) -> tuple[Clamp, ...]:
+    def clamped(self, context: RoundContext, rng: random.Random, text: str) -> tuple[Clamp, ...]:
         """Clamps to train the request `text` under: one or, in its share, a group; constant or, in theirs, anchored."""
+        settings = context.settings.clamps
         grouped = settings.groups and rng.random() < settings.groups
-        drawn = self.draw(rng, settings.group_size if grouped else 1, max_benign_rise)
+        drawn = self.draw(rng, settings.group_size if grouped else 1, context.max_benign_rise)
         if not settings.anchors or rng.random() >= settings.anchors:
             return tuple(member.clamp for member in drawn)
         anchors = [
@@ -101,28 +99,22 @@ class Adversary:
         if not anchors:
             return ()
         prompt = Prompt("here", "", text)
-        return tuple(arm.by_prompt[prompt.id][0] for arm in anchored(chat_model, anchors, [prompt], 1))
+        return tuple(arm.by_prompt[prompt.id][0] for arm in anchored(context.chat_model, anchors, [prompt], 1))
 
     def row(
-        self,
-        rng: random.Random,
-        number: int,
-        of: int,
-        settings: TrainSection,
-        max_benign_rise: float,
-        chat_model: ChatModel,
-        text: str,
+        self, context: RoundContext, rng: random.Random, number: int, of: int, text: str
     ) -> tuple[Intervention, ...]:
         """What the number-th of a step's harmful rows, the request `text`, is trained under: the first under clamps,
         the next masked, the next with a direction ablated, the others under nothing. of: how many they are."""
+        chat_model, settings = context.chat_model, context.settings
         shares = (settings.clamps.share, settings.mask.share, settings.direction.share)
         clamped, masked, ablated = (round(of * total) for total in accumulate(shares))
         if number < clamped:
-            return self.clamped(rng, settings.clamps, max_benign_rise, chat_model, text)
+            return self.clamped(context, rng, text)
         if number < masked:
             chosen = self.masked
             if settings.mask.locator == "random":
-                columns = rng.sample(range(chat_model.neurons.count), _masked(settings, chat_model))
+                columns = rng.sample(range(chat_model.neurons.count), _masked(context))
                 chosen = [neuron_at(chat_model, column) for column in columns]
             return tuple(Scale(neuron, 0.0) for neuron in chosen)
         if number < ablated and self.directions is not None:
@@ -174,101 +166,100 @@ class Adversary:
         )
 
 
-def refresh(
-    adversary: Adversary,
-    step: int,
-    chat_model: ChatModel,
-    harmful: Sequence[str],
-    twins: Sequence[str],
-    probe: Probe,
-    phrases: RefusalPhrases,
-    settings: TrainSection,
-    max_benign_rise: float,
-    past_breakers: Sequence[Clamp],
-    batch_size: int,
-    rng: random.Random,
-    full: torch.Tensor | None,
-) -> Adversary:
-    """The adversary at a step: what is due is located anew on the present weights, the rest stays. past_breakers:
-    clamps of earlier rounds; they are weighed, too, and so are other values of their neurons. full: as of
-    `full_strength`, for clamps of `train.clamps.strengths`."""
-    clamps, mask, direction = settings.clamps, settings.mask, settings.direction
-    if settings.draws_clamps and step % clamps.relocate_every == 0:
-        known = [*(clamp.neuron for clamp in past_breakers), *(adversary.breakers if clamps.replay else ())]
-        texts = _pick(rng, harmful, RELOCATE_PROMPTS), _pick(rng, twins, RELOCATE_PROMPTS)
-        passes = Passes(chat_model, *texts, phrases, batch_size)
-        pool = {c.neuron: c for c in select_candidates(clamps.locators, clamps.pool, passes, 1.0, rng.randrange(2**32))}
-        pool |= {neuron: passes.scores.candidate(neuron) for neuron in known}
-        if clamps.random:
-            n = min(clamps.random, chat_model.neurons.count)
-            pool |= {c.neuron: c for c in select_candidates([RANDOM], n, passes, 1.0, rng.randrange(2**32))}
-        found = weigh_clamps(
-            chat_model, list(pool.values()), past_breakers, probe, phrases, clamps, max_benign_rise, batch_size, full,
-            {weighed.clamp: weighed.benign_rise for weighed in adversary.clamps},
-        )  # fmt: skip
+def refresh(context: RoundContext, adversary: Adversary, step: int, rng: random.Random) -> Adversary:
+    """The adversary at a step: what is due is located anew on the present weights, the rest stays."""
+    chat_model, data, settings = context.chat_model, context.data, context.settings
+    mask, direction = settings.mask, settings.direction
+    if settings.draws_clamps and step % settings.clamps.relocate_every == 0:
+        known = {weighed.clamp: weighed.benign_rise for weighed in adversary.clamps}
+        found = weigh_clamps(context, _pool(context, adversary.breakers, rng), known)
         now = [weighed.clamp.neuron for weighed in found if weighed.weight - weighed.floor >= REPLAYED]
         breakers = list(dict.fromkeys([*adversary.breakers, *now]))
         adversary = replace(adversary, clamps=found, breakers=breakers)
     locate_mask = mask.share and mask.locator != "random" and _due(step, mask.relocate_every)
     locate_directions = direction.share and _due(step, direction.relocate_every)
     if locate_mask or locate_directions:
-        texts = _pick(rng, harmful, CONTRAST_PROMPTS), _pick(rng, twins, CONTRAST_PROMPTS)
-        contrast = read_contrast(chat_model, *texts, batch_size)
+        texts = [pick(rng, texts, CONTRAST_PROMPTS) for texts in (data.harmful_texts, data.twin_texts)]
+        contrast = read_contrast(chat_model, *texts, context.batch_size)
         if locate_mask:
-            columns = contrast.ranking(mask.locator)[: _masked(settings, chat_model)].tolist()
+            columns = contrast.ranking(mask.locator)[: _masked(context)].tolist()
             adversary = replace(adversary, masked=[neuron_at(chat_model, column) for column in columns])
         if locate_directions:
             adversary = replace(adversary, directions=refusal_directions(contrast.harmful, contrast.harmless))
     return adversary
 
 
-def weigh_clamps(
-    chat_model: ChatModel,
-    candidates: Sequence[Candidate],
-    past_breakers: Sequence[Clamp],
-    probe: Probe,
-    phrases: RefusalPhrases,
-    settings: ClampTerm,
-    max_benign_rise: float,
-    batch_size: int,
-    full: torch.Tensor | None,
-    known: Mapping[Clamp, float],
-) -> list[Weighed]:
+def _pool(context: RoundContext, breakers: Sequence[Neuron], rng: random.Random) -> list[Candidate]:
+    """Neurons whose clamps are weighed: those scored best now, those of past breakers, with `train.clamps.replay` this
+    round's `breakers`, and random ones."""
+    chat_model, data, clamps = context.chat_model, context.data, context.settings.clamps
+    texts = [pick(rng, texts, RELOCATE_PROMPTS) for texts in (data.harmful_texts, data.twin_texts)]
+    passes = Passes(chat_model, *texts, context.phrases, context.batch_size)
+    pool = {c.neuron: c for c in select_candidates(clamps.locators, clamps.pool, passes, 1.0, rng.randrange(2**32))}
+    known = [*(clamp.neuron for clamp in context.past_breakers), *(breakers if clamps.replay else ())]
+    pool |= {neuron: passes.scores.candidate(neuron) for neuron in known}
+    if clamps.random:
+        n = min(clamps.random, chat_model.neurons.count)
+        pool |= {c.neuron: c for c in select_candidates([RANDOM], n, passes, 1.0, rng.randrange(2**32))}
+    return list(pool.values())
+
+
+def weigh_clamps(context: RoundContext, candidates: Sequence[Candidate], known: Mapping[Clamp, float]) -> list[Weighed]:
     """Clamps of the candidates, and those that broke the model before, weighed by how well they work now.
 
     A clamp's weight is the squared chance that the model does not refuse under it (squared: most located clamps are
     harmless, and would together be drawn more often than the few that work), averaged over the prompts (a clamp that
-    turns few of them has high mean log-odds), plus `settings.floor`, of past breakers at least `PAST_FLOOR`. Clamps
+    turns few of them has high mean log-odds), plus `train.clamps.floor`, of past breakers at least `PAST_FLOOR`. Clamps
     that raise the loss on benign answers by more than `max_benign_rise` nats per token are left out. That is measured
     on the starting model: training can widen a neuron's activation gap, and the clamps must not grow with it until
     they only make the model babble. If none is left there are no clamps, and rows are trained without.
 
-    past_breakers: of neurons that are among the candidates. known: such rises of the clamps that were kept at the last
-    weighing, since that model does not change.
+    candidates: the neurons of the past breakers are among them. known: such rises of the clamps that were kept at the
+    last weighing, since that model does not change.
     """
+    chat_model, least = context.chat_model, context.settings.clamps.floor
     by_neuron = {candidate.neuron: candidate for candidate in candidates}
-    clamps = {clamp: c for c in candidates for clamp in _clamps(c, settings, chat_model, full)}
-    clamps |= {clamp: by_neuron[clamp.neuron] for clamp in past_breakers}
-    screened = screen_clamps(chat_model, list(clamps), probe, phrases, batch_size, "weigh clamps", True, known)
-    coherent = [entry for entry in screened if entry.benign_rise <= max_benign_rise]
+    clamps = {clamp: candidate for candidate in candidates for clamp in _clamps(context, candidate)}
+    clamps |= {clamp: by_neuron[clamp.neuron] for clamp in context.past_breakers}
+    screened = screen_clamps(
+        chat_model, list(clamps), context.data.probe, context.phrases, context.batch_size, "weigh clamps", True, known
+    )
+    coherent = [entry for entry in screened if entry.benign_rise <= context.max_benign_rise]
     if not coherent:
         logger.warning(
             "none of %d clamps is coherent: training without; smaller train.clamps.sizes or strengths?", len(clamps)
         )
-    past = set(past_breakers)
+    past = set(context.past_breakers)
     weighed = []
     for entry in coherent:
         clamp, candidate = entry.clamp, clamps[entry.clamp]
-        floor = max(settings.floor, PAST_FLOOR) if clamp in past else settings.floor
+        floor = max(least, PAST_FLOOR) if clamp in past else least
         weight = floor + _breaking(entry.by_prompt)
         weighed.append(Weighed(clamp, weight, entry.benign_rise, candidate.harmful, candidate.harmless, floor))
     return weighed
 
 
-def _clamps(candidate: Candidate, settings: ClampTerm, chat_model: ChatModel, full: torch.Tensor | None) -> list[Clamp]:
+def _clamps(context: RoundContext, candidate: Candidate) -> list[Clamp]:
+    settings = context.settings.clamps
     values = [candidate.clamp_value(size) for size in settings.sizes]
-    strongest = float(full[column_of(chat_model, candidate.neuron)]) if settings.strengths else 0.0
+    column = column_of(context.chat_model, candidate.neuron)
+    strongest = float(context.start.full[column]) if settings.strengths else 0.0
     return list(clamps_of(candidate.neuron, candidate.harmless, values, settings.strengths, strongest))
+
+
+def draw_strong_clamp(
+    chat_model: ChatModel, full: torch.Tensor, strength: tuple[float, float], rng: random.Random
+) -> Clamp:
+    """A clamp of a random neuron that writes anything, of either sign, at a share of `full` between the two of
+    `strength`: evenly drawn in the logarithm. full: (neurons,), of `full_strength`.
+
+    No locator is asked. Clamps that break SmolLM2 write a vector with a tenth to twice the norm of the stream behind
+    their layer. These write as much, whatever their neuron, and what a model learns under them it learns about being
+    clamped at all.
+    """
+    column = rng.choice(torch.nonzero(full).flatten().tolist())
+    share = math.exp(rng.uniform(*map(math.log, strength)))
+    return Clamp(neuron_at(chat_model, column), rng.choice((-1, 1)) * share * float(full[column]))
 
 
 def _breaking(log_odds: Sequence[float]) -> float:
@@ -276,13 +267,10 @@ def _breaking(log_odds: Sequence[float]) -> float:
     return mean([(1 / (1 + math.exp(min(x, 50.0)))) ** 2 for x in log_odds])
 
 
-def _masked(settings: TrainSection, chat_model: ChatModel) -> int:
-    return max(1, round(settings.mask.neurons * chat_model.neurons.count))
+def _masked(context: RoundContext) -> int:
+    """How many neurons a mask silences."""
+    return max(1, round(context.settings.mask.neurons * context.chat_model.neurons.count))
 
 
 def _due(step: int, every: int | None) -> bool:
     return step == 0 if every is None else step % every == 0
-
-
-def _pick(rng: random.Random, items: Sequence, n: int) -> list:
-    return rng.sample(items, min(n, len(items)))

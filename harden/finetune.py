@@ -19,8 +19,8 @@ import torch
 from harden import processes
 from harden.activations import read_activations
 from harden.adapters import adapter_state, restore_adapter, starting_model, trained_parameters
-from harden.adversary import CONTRAST_PROMPTS, Adversary, refresh
-from harden.attack.screen import Probe
+from harden.adversary import CONTRAST_PROMPTS, Adversary, draw_strong_clamp, refresh
+from harden.context import RoundContext, Start, pick
 from harden.errors import MeasurementError
 from harden.generate import Request, progress_bar
 from harden.interventions import Clamp
@@ -32,8 +32,6 @@ from harden.objective.ceiling import Ceiling
 from harden.objective.refusal import refusal_loss, refusal_rise, shortfall, start_log_odds
 from harden.objective.rows import Row
 from harden.objective.spread import leverage_loss, spread_loss
-from harden.objective.strength import draw_strong_clamp
-from harden.refusal import RefusalPhrases
 from harden.settings.training import TrainSection
 
 logger = logging.getLogger(__name__)
@@ -42,61 +40,26 @@ HINGES = ("margin", "twins", "fail_closed")
 FINAL_LEARNING_RATE = 0.1  # of the peak, reached linearly at the last step of a round
 
 
-@dataclass(frozen=True)
-class TrainingData:
-    """Token rows to train on, and the texts with which neurons are located and clamps are weighed."""
-
-    harmful: tuple[tuple[int, ...], ...]
-    refusals: tuple[tuple[int, ...], ...]
-    twins: tuple[tuple[int, ...] | None, ...]
-    """The twin of each harmful prompt, if it has one."""
-    benign: tuple[Row, ...]
-    harmful_texts: tuple[str, ...]
-    twin_texts: tuple[str, ...]
-    probe: Probe
-    texts: tuple[Row, ...] = ()
-    """Benign requests alone: the first token, and as an answer the rest."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """What is read of the starting model once, before a round; empty where no term asks for it."""
-
-    twins: Mapping[tuple[int, ...], float] = field(default_factory=dict)
-    """Refusal log-odds of each twin."""
-    leverage: Sequence[torch.Tensor] = ()
-    """Clamp values of all neurons, one (neurons,) vector per size."""
-    full: torch.Tensor | None = None
-    """`full_strength`, (neurons,)."""
-
-
 def train_round(
-    chat_model: ChatModel,
-    data: TrainingData,
-    phrases: RefusalPhrases,
-    settings: TrainSection,
-    max_benign_rise: float,
-    past_breakers: Sequence[Clamp],
-    batch_size: int,
+    context: RoundContext,
     seed: int,
     round_number: int,
     checkpoint: Path,
     log: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Train the adapter for `settings.steps` steps, in place.
+    """Train the adapter for `train.steps` steps, in place.
 
-    checkpoint: a file that is written every `settings.checkpoint_every` steps, once the next step's loss has shown
-    that the weights are sound, and resumed from if it exists.
-    past_breakers: clamps that broke the model in an earlier round; they stay among those that are drawn from, and so do
-    others of their neurons, as long as the starting model is coherent under them.
+    checkpoint: a file that is written every `train.checkpoint_every` steps, once the next step's loss has shown that
+    the weights are sound, and resumed from if it exists. log: called with the event of each step.
     Raises MeasurementError naming the step if the loss or a gradient is not finite; the checkpoint stays.
     """
+    context = replace(context, start=read_start(context, f"{seed}:{round_number}"))
+    chat_model, settings = context.chat_model, context.settings
     parameters = trained_parameters(chat_model.model)
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
     adversary = Adversary()
     terms = {"benign_kl": settings.benign, "twins": settings.twins}
     ceilings = {name: Ceiling(term.ceiling) for name, term in terms.items() if term.ceiling}
-    start = read_start(chat_model, data, phrases, settings, batch_size, f"{seed}:{round_number}")
     first = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
@@ -111,18 +74,13 @@ def train_round(
         for step in range(first, settings.steps):
             began = time.monotonic()
             if step > first or not first:  # a checkpoint has that of its step
-                adversary = refresh(
-                    adversary, step, chat_model, data.harmful_texts, data.twin_texts, data.probe, phrases, settings,
-                    max_benign_rise, past_breakers, batch_size, random.Random(f"{seed}:{round_number}:{step}:locate"),
-                    start.full,
-                )  # fmt: skip
+                locate_rng = random.Random(f"{seed}:{round_number}:{step}:locate")
+                adversary = refresh(context, adversary, step, locate_rng)
             rng = random.Random(f"{seed}:{round_number}:{step}")
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * learning_rate_factor(step, settings)
             factors = {name: ceiling.factor for name, ceiling in ceilings.items()}
-            losses, met = backward(
-                chat_model, data, phrases, settings, max_benign_rise, adversary, start, step, rng, factors
-            )
+            losses, met = backward(context, adversary, step, rng, factors)
             for parameter in parameters:
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = processes.total(gradient)
@@ -150,136 +108,183 @@ def train_round(
 
 
 def backward(
-    chat_model: ChatModel,
-    data: TrainingData,
-    phrases: RefusalPhrases,
-    settings: TrainSection,
-    max_benign_rise: float,
-    adversary: Adversary,
-    start: Start,
-    step: int,
-    rng: random.Random,
-    factors: Mapping[str, float],
+    context: RoundContext, adversary: Adversary, step: int, rng: random.Random, factors: Mapping[str, float]
 ) -> tuple[dict[str, float], list[tuple[Clamp | None, float]]]:
-    """One step's rows, their loss terms and gradients; returns each term's value, over all processes, and what the
-    rows of an attacked margin met: the clamp, if it was one alone, and the refusal log-odds under it, in nats.
+    """Draw one step's rows, and add the gradients of their loss terms to those of the parameters.
 
-    The twins are those of the step's harmful prompts (of the margin's, where it has its own), so that what is learned
-    tells the two apart. factors: on the weights of terms, by name.
+    factors: on the weights of utility terms, by name; 1 for the others.
+    Returns each term's value, over all processes, and what the rows of an attacked margin met: the clamp, if it was one
+    alone, and the refusal log-odds under it, in nats.
     """
-    losses: dict[str, float] = {}
+    settings = context.settings
+    terms = _Step(context, adversary, rng, factors)
+    places = terms.refusal_and_margin()
+    if settings.fail_closed.weight:
+        terms.fail_closed()
+    if settings.twins.weight:
+        terms.twins(places)
+    if settings.benign.weight:
+        terms.benign()
+    if settings.spread.weight and step % settings.spread.every == 0:
+        terms.spread()
+    if settings.leverage.weight and step % settings.leverage.every == 0:
+        terms.leverage()
+    return terms.losses, terms.met
 
-    def add(name: str, weight: float, rows: Sequence, term: Callable[[list], torch.Tensor], like: str = "") -> None:
+
+@dataclass
+class _Step:
+    """The terms of one step. The method of a term draws its rows and adds its value and its gradients.
+
+    All draw from the same `rng`, so the order in which they are called decides what is drawn.
+    """
+
+    context: RoundContext
+    adversary: Adversary
+    rng: random.Random
+    factors: Mapping[str, float]
+    losses: dict[str, float] = field(default_factory=dict)
+    """Value of each term so far, over all processes."""
+    met: list[tuple[Clamp | None, float]] = field(default_factory=list)
+    """What the rows of an attacked margin met, in all processes; see `backward`."""
+
+    def refusal_and_margin(self) -> list[int]:
+        """Both terms are on the same harmful prompts, attacked in the same way, unless the margin has rows of its own.
+
+        Returns the places of these prompts in `TrainingData.harmful`: of the margin's, where it has its own.
+        """
+        chat_model, data = self.context.chat_model, self.context.data
+        refusal, margin = self.context.settings.refusal, self.context.settings.margin
+        places = pick(self.rng, range(len(data.harmful)), refusal.rows)
+        attacked = self._attack(places) if refusal.weight or (margin.attacked and not margin.rows) else []
+        if refusal.weight:
+            self._add("refusal", refusal.weight, attacked, lambda mine: refusal_loss(chat_model, mine))
+        if margin.weight and margin.rows:
+            places = pick(self.rng, range(len(data.harmful)), margin.rows)
+            attacked = self._attack(places) if margin.attacked else []
+        if margin.weight:
+            self._margin(attacked if margin.attacked else [Row(data.harmful[place]) for place in places])
+        return places
+
+    def _margin(self, rows: Sequence[Row]) -> None:
+        """Of these rows; what they met is kept if they are attacked."""
+        chat_model, phrases, margin = self.context.chat_model, self.context.phrases, self.context.settings.margin
+        met_here: list[tuple[Clamp | None, float]] = []  # by this process's share of the rows
+
+        def term(mine: list[Row]) -> torch.Tensor:
+            loss, log_odds = shortfall(chat_model, mine, phrases, margin.target)
+            met_here.extend(zip(map(_clamp_alone, mine), log_odds.tolist(), strict=True))
+            return loss
+
+        self._add("margin", margin.weight, rows, term)
+        if margin.attacked:
+            self.met = processes.gather(met_here, len(rows))
+
+    def fail_closed(self) -> None:
+        """On benign and harmful requests, each under a strong clamp of its own."""
+        chat_model, data, full = self.context.chat_model, self.context.data, self.context.start.full
+        closed = self.context.settings.fail_closed
+        n = round(closed.benign_share * closed.rows)
+        prompts = [row.prompt for row in pick(self.rng, data.benign, n)]
+        prompts += pick(self.rng, data.harmful, closed.rows - n)
+        clamps = [draw_strong_clamp(chat_model, full, closed.strength, self.rng) for _ in prompts]
+        rows = [Row(prompt, (), (clamp,)) for prompt, clamp in zip(prompts, clamps, strict=True)]
+
+        def term(mine: list[Row]) -> torch.Tensor:
+            return shortfall(chat_model, mine, self.context.phrases, closed.target)[0]
+
+        self._add("fail_closed", closed.weight, rows, term)
+
+    def twins(self, places: Sequence[int]) -> None:
+        """On the twins of the harmful prompts at `places`, so that what is learned tells the two apart."""
+        chat_model, start, twins = self.context.chat_model, self.context.start, self.context.settings.twins
+        paired = [self.context.data.twins[place] for place in places]
+        rows = [twin for twin in paired if twin is not None][: twins.rows]
+
+        def term(mine: list[tuple[int, ...]]) -> torch.Tensor:
+            began = torch.tensor([start.twins[row] for row in mine], device=chat_model.device)
+            return refusal_rise(chat_model, mine, began, self.context.phrases, twins.below)
+
+        if rows:
+            self._add("twins", self.factors.get("twins", 1.0) * twins.weight, rows, term)
+
+    def benign(self) -> None:
+        """On benign answers, a share of them under a clamp of the adversary's, and on benign requests alone."""
+        data, benign = self.context.data, self.context.settings.benign
+        weight = self.factors.get("benign_kl", 1.0) * benign.weight
+
+        def term(mine: list[Row]) -> torch.Tensor:
+            return benign_kl(self.context.chat_model, mine)
+
+        rows = pick(self.rng, data.benign, benign.rows)
+        for place in range(round(benign.clamped * len(rows))):
+            clamps = tuple(weighed.clamp for weighed in self.adversary.draw(self.rng))
+            rows[place] = replace(rows[place], interventions=clamps)
+        self._add("benign_kl", weight, rows, term)
+        if benign.texts:
+            self._add("text_kl", weight, pick(self.rng, data.texts, benign.texts), term)
+
+    def spread(self) -> None:
+        """On harmful prompts of its own, without an attack."""
+        chat_model, phrases, spread = self.context.chat_model, self.context.phrases, self.context.settings.spread
+
+        def term(mine: list[tuple[int, ...]]) -> torch.Tensor:
+            return spread_loss(chat_model, mine, phrases, spread.order, spread.attribution)
+
+        self._add("spread", spread.weight, pick(self.rng, self.context.data.harmful, spread.rows), term)
+
+    def leverage(self) -> None:
+        """On harmful prompts of its own, without an attack."""
+        chat_model, phrases, leverage = self.context.chat_model, self.context.phrases, self.context.settings.leverage
+
+        def term(mine: list[tuple[int, ...]]) -> torch.Tensor:
+            return leverage_loss(chat_model, mine, phrases, self.context.start.leverage)
+
+        self._add("leverage", leverage.weight, pick(self.rng, self.context.data.harmful, leverage.rows), term)
+
+    def _attack(self, places: Sequence[int]) -> list[Row]:
+        """Rows of the harmful prompts at these places: each with a drawn refusal, under what the adversary draws."""
+        data, rows = self.context.data, []
+        for number, place in enumerate(places):
+            refusal = self.rng.choice(data.refusals)
+            edits = self.adversary.row(self.context, self.rng, number, len(places), data.harmful_texts[place])
+            rows.append(Row(data.harmful[place], refusal, edits))
+        return rows
+
+    def _add(self, name: str, weight: float, rows: Sequence, term: Callable[[list], torch.Tensor]) -> None:
+        """Add a term's mean over the rows of all processes. term: of this process's share of the rows, (batch,)."""
         share = processes.my_share(rows)
-        keep = torch.tensor([w for _, w in share], device=chat_model.device)
+        keep = torch.tensor([kept for _, kept in share], device=self.context.chat_model.device)
         loss = (term([row for row, _ in share]) * keep).sum() / len(rows)
         if loss.requires_grad or name not in HINGES:  # a hinge that nothing is on the wrong side of has no gradient
-            (factors.get(like or name, 1.0) * weight * loss).backward()
-        losses[name] = float(processes.total(loss.detach()))
-
-    refusal, benign, spread, leverage = settings.refusal, settings.benign, settings.spread, settings.leverage
-    margin, closed, met = settings.margin, settings.fail_closed, []
-
-    def attack(places: Sequence[int]) -> list[Row]:
-        texts = [data.harmful_texts[place] for place in places]
-        return [
-            Row(
-                data.harmful[place],
-                rng.choice(data.refusals),
-                adversary.row(rng, number, len(places), settings, max_benign_rise, chat_model, text),
-            )
-            for number, (place, text) in enumerate(zip(places, texts, strict=True))
-        ]
-
-    def short_of_margin(mine: list[Row]) -> torch.Tensor:
-        loss, log_odds = shortfall(chat_model, mine, phrases, margin.target)
-        met.extend(zip((_clamp_alone(row) for row in mine), log_odds.tolist(), strict=True))
-        return loss
-
-    drawn = _pick(rng, range(len(data.harmful)), refusal.rows)
-    attacked = attack(drawn) if refusal.weight or (margin.attacked and not margin.rows) else []
-    if refusal.weight:
-        add("refusal", refusal.weight, attacked, lambda mine: refusal_loss(chat_model, mine))
-    if margin.weight:
-        if margin.rows:
-            drawn = _pick(rng, range(len(data.harmful)), margin.rows)
-            attacked = attack(drawn) if margin.attacked else []
-        rows = attacked if margin.attacked else [Row(data.harmful[place]) for place in drawn]
-        add("margin", margin.weight, rows, short_of_margin)
-    if closed.weight:
-        n = round(closed.benign_share * closed.rows)
-        prompts = [row.prompt for row in _pick(rng, data.benign, n)] + _pick(rng, data.harmful, closed.rows - n)
-        rows = [Row(p, (), (draw_strong_clamp(chat_model, start.full, closed.strength, rng),)) for p in prompts]
-        add(
-            "fail_closed",
-            closed.weight,
-            rows,
-            lambda mine: shortfall(chat_model, mine, phrases, closed.target)[0],
-        )
-    met = processes.gather(met, len(drawn)) if margin.attacked and margin.weight else []
-    if settings.twins.weight:
-        twins = settings.twins
-        rows = [data.twins[place] for place in drawn if data.twins[place] is not None][: twins.rows]
-        if rows:
-
-            def rise(mine: list[tuple[int, ...]]) -> torch.Tensor:
-                began = torch.tensor([start.twins[row] for row in mine], device=chat_model.device)
-                return refusal_rise(chat_model, mine, began, phrases, twins.below)
-
-            add("twins", twins.weight, rows, rise)
-    if benign.weight:
-        rows = _pick(rng, data.benign, benign.rows)
-        clamped = round(benign.clamped * len(rows))
-        clamps = [tuple(weighed.clamp for weighed in adversary.draw(rng)) for _ in rows[:clamped]]
-        rows = [replace(row, interventions=c) for row, c in zip(rows, clamps, strict=False)] + rows[clamped:]
-        add("benign_kl", benign.weight, rows, lambda mine: benign_kl(chat_model, mine))
-        if benign.texts:
-            rows = _pick(rng, data.texts, benign.texts)
-            add("text_kl", benign.weight, rows, lambda mine: benign_kl(chat_model, mine), "benign_kl")
-    if spread.weight and step % spread.every == 0:
-        rows = _pick(rng, data.harmful, spread.rows)
-        add(
-            "spread",
-            spread.weight,
-            rows,
-            lambda mine: spread_loss(chat_model, mine, phrases, spread.order, spread.attribution),
-        )
-    if leverage.weight and step % leverage.every == 0:
-        rows = _pick(rng, data.harmful, leverage.rows)
-        add("leverage", leverage.weight, rows, lambda mine: leverage_loss(chat_model, mine, phrases, start.leverage))
-    return losses, met
+            (weight * loss).backward()
+        self.losses[name] = float(processes.total(loss.detach()))
 
 
 def _clamp_alone(row: Row) -> Clamp | None:
     return row.interventions[0] if len(row.interventions) == 1 and isinstance(row.interventions[0], Clamp) else None
 
 
-def read_start(
-    chat_model: ChatModel,
-    data: TrainingData,
-    phrases: RefusalPhrases,
-    settings: TrainSection,
-    batch_size: int,
-    seed: str,
-) -> Start:
-    """Read of the starting model what the terms that are switched on ask for."""
+def read_start(context: RoundContext, seed: str) -> Start:
+    """Read of the starting model what the terms that are switched on ask for. seed: of the prompts that are drawn."""
+    chat_model, data, settings = context.chat_model, context.data, context.settings
     twins, leverage, full = {}, [], None
     if settings.twins.weight and not any(data.twins):
         logger.warning("train.twins has no effect: no look-alike is the `twin` of a harmful prompt")
     if settings.twins.weight and any(data.twins):
         rows = list(dict.fromkeys(filter(None, data.twins)))
-        twins = dict(zip(rows, start_log_odds(chat_model, rows, phrases, batch_size), strict=True))
+        twins = dict(zip(rows, start_log_odds(chat_model, rows, context.phrases, context.batch_size), strict=True))
     if settings.leverage.weight:
         rng = random.Random(f"{seed}:values")
-        texts = [_pick(rng, texts, CONTRAST_PROMPTS) for texts in (data.harmful_texts, data.twin_texts)]
+        texts = [pick(rng, texts, CONTRAST_PROMPTS) for texts in (data.harmful_texts, data.twin_texts)]
         with starting_model(chat_model.model):
-            contrast = read_contrast(chat_model, *texts, batch_size)
+            contrast = read_contrast(chat_model, *texts, context.batch_size)
         leverage = [contrast.clamp_values(size) for size in settings.leverage.sizes]
     if settings.fail_closed.weight or (settings.draws_clamps and settings.clamps.strengths):
         rng = random.Random(f"{seed}:strength")
-        requests = [Request(text) for text in _pick(rng, data.harmful_texts, CONTRAST_PROMPTS)]
+        requests = [Request(text) for text in pick(rng, data.harmful_texts, CONTRAST_PROMPTS)]
         with starting_model(chat_model.model):
-            full = full_strength(chat_model, read_activations(chat_model, requests, batch_size).stream)
+            full = full_strength(chat_model, read_activations(chat_model, requests, context.batch_size).stream)
     return Start(twins, leverage, full)
 
 
@@ -287,10 +292,6 @@ def learning_rate_factor(step: int, settings: TrainSection) -> float:
     """Linear warm-up, then linear decay to `FINAL_LEARNING_RATE` at the end of the round."""
     warmup = min(1.0, (step + 1) / max(1, settings.warmup_steps))
     return warmup * (1 - (1 - FINAL_LEARNING_RATE) * step / settings.steps)
-
-
-def _pick(rng: random.Random, items: Sequence, n: int) -> list:
-    return rng.sample(items, min(n, len(items)))
 
 
 def _save_checkpoint(

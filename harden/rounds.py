@@ -19,9 +19,10 @@ from transformers import GenerationConfig
 from harden import __version__, bundled, processes
 from harden.adapters import adapter_state, restore_adapter, save_adapter
 from harden.bench import Bench, note_finished
+from harden.context import RoundContext, TrainingData
 from harden.errors import HardenError
 from harden.files import read_finished, write_atomically
-from harden.finetune import TrainingData, train_round
+from harden.finetune import train_round
 from harden.interventions import Clamp
 from harden.measure import attack_record, count_flips, measure, neuron_records, screen_records
 from harden.models import load_chat_model
@@ -34,6 +35,7 @@ from harden.report.records import RunRecords
 from harden.report.writing import write_page
 from harden.results import AttackRecord, Measurement, Rate, Results, RoundRecord
 from harden.runfolder import RunFolder
+from harden.settings.training import TrainSection
 
 logger = logging.getLogger(__name__)
 
@@ -234,19 +236,8 @@ class Run:
         }
 
         def make() -> int:
-            train_round(
-                self.chat_model,
-                self.data,
-                self.bench.phrases,
-                settings.model_copy(update=dearer),
-                self.recipe.attack.max_benign_rise,
-                past_breakers,
-                self.recipe.generation.batch_size,
-                self.recipe.seed,
-                number,
-                state / "checkpoint.pt",
-                self.folder.log,
-            )
+            context = self.round_context(settings.model_copy(update=dearer), past_breakers)
+            train_round(context, self.recipe.seed, number, state / "checkpoint.pt", self.folder.log)
             self._keep_adapter(number)
             return self.recipe.train.steps
 
@@ -302,6 +293,17 @@ class Run:
         _write_folder(self.folder.path / "adapter", write)
 
     # -- what they work with -----------------------------------------------------------------------------------
+
+    def round_context(self, settings: TrainSection, past_breakers: Sequence[Clamp]) -> RoundContext:
+        return RoundContext(
+            self.chat_model,
+            self.data,
+            self.bench.phrases,
+            settings,
+            self.recipe.attack.max_benign_rise,
+            past_breakers,
+            self.recipe.generation.batch_size,
+        )
 
     def _training_data(self) -> TrainingData:
         chat, train = self.chat_model.chat, self.bench.splits["train"]

@@ -7,12 +7,13 @@ import torch
 import harden.finetune as finetune
 from harden.activations import read_activations, template_activations
 from harden.adapters import adapter_state, attach_adapter
-from harden.adversary import Adversary, Weighed, refresh, weigh_clamps
+from harden.adversary import Adversary, Weighed, draw_strong_clamp, refresh, weigh_clamps
 from harden.attack import screen
 from harden.attack.arms import Anchor
 from harden.attack.screen import Probe
+from harden.context import RoundContext, Start, TrainingData
 from harden.errors import MeasurementError
-from harden.finetune import Start, TrainingData, backward, learning_rate_factor, read_start, train_round
+from harden.finetune import backward, learning_rate_factor, read_start, train_round
 from harden.generate import Completion, Request
 from harden.interventions import Clamp
 from harden.locate.gradient import score_neurons
@@ -22,7 +23,6 @@ from harden.neurons import Neuron
 from harden.objective.ceiling import Ceiling
 from harden.objective.refusal import shortfall
 from harden.objective.rows import Row
-from harden.objective.strength import draw_strong_clamp
 from harden.planted import ANSWER, PLANTED_NEURON, REFUSAL
 from harden.settings.training import TrainSection
 
@@ -50,12 +50,16 @@ def data(planted, prompts):
     )
 
 
+def round_context(chat_model, data, phrases, section, past_breakers=(), **start):
+    return RoundContext(chat_model, data, phrases, section, 2.0, past_breakers, 16, Start(**start))
+
+
 PAST = [Clamp(PLANTED_NEURON, -30.0)]
 
 
 def run(chat_model, data, phrases, checkpoint, log=None, **changes):
     events = [] if log is None else log
-    train_round(chat_model, data, phrases, settings(**changes), 2.0, PAST, 16, 0, 1, checkpoint, events.append)
+    train_round(round_context(chat_model, data, phrases, settings(**changes), PAST), 0, 1, checkpoint, events.append)
     return events
 
 
@@ -87,8 +91,9 @@ def test_the_twins_of_a_step_are_those_of_its_harmful_prompts(planted, data, phr
     def step(data, **term):
         harmful.clear(), twins.clear()
         section = settings(refusal={"rows": 4}, twins={"weight": 2, **term})
-        start = read_start(model, data, phrases, section, 3, "seed")
-        return backward(model, data, phrases, section, 2.0, Adversary(), start, 1, random.Random(3), {})[0]
+        context = replace(round_context(model, data, phrases, section), batch_size=3)
+        context = replace(context, start=read_start(context, "seed"))
+        return backward(context, Adversary(), 1, random.Random(3), {})[0]
 
     assert step(data, below=0.5)["twins"] == pytest.approx(0.5, abs=1e-4)  # nothing was trained yet
     assert step(data)["twins"] == pytest.approx(0.0, abs=1e-4)
@@ -150,7 +155,7 @@ def test_what_a_step_draws_is_pinned(planted, data, phrases, monkeypatch):
     monkeypatch.setattr(finetune, "benign_kl", lambda m, mine: (rows.extend(mine), benign(m, mine))[1])
     adversary = Adversary([weighed_clamp(Neuron(1, n), weight=n + 1.0) for n in range(4)])
     data = replace(data, refusals=tuple((n,) for n in range(9, 29)))
-    backward(adapted(planted), data, phrases, settings(), 2.0, adversary, Start(), 1, random.Random(3), {})
+    backward(round_context(adapted(planted), data, phrases, settings()), adversary, 1, random.Random(3), {})
     drawn = [
         (
             data.harmful.index(row.prompt),
@@ -189,8 +194,8 @@ def weighed_clamp(neuron, value=1.0, weight=1.0, benign_rise=0.0, harmful=1.0, h
 
 def weighed(chat_model, data, phrases, max_benign_rise=2.0):
     candidates = score_neurons(chat_model, data.harmful_texts, data.twin_texts, phrases, 16).top(24)
-    terms = settings().clamps
-    return weigh_clamps(chat_model, candidates, (), data.probe, phrases, terms, max_benign_rise, 16, None, {})
+    context = replace(round_context(chat_model, data, phrases, settings()), max_benign_rise=max_benign_rise)
+    return weigh_clamps(context, candidates, {})
 
 
 def test_clamps_that_break_the_model_are_drawn_more_often(planted, data, phrases):
@@ -206,10 +211,8 @@ def test_without_a_coherent_clamp_rows_are_trained_unclamped(planted, data, phra
 
 
 def refreshed(chat_model, data, phrases, adversary, step, known=(), full=None, **changes):
-    return refresh(
-        adversary, step, chat_model, data.harmful_texts, data.twin_texts, data.probe, phrases, settings(**changes), 2.0,
-        known, 16, random.Random(step), full,
-    )  # fmt: skip
+    context = round_context(chat_model, data, phrases, settings(**changes), known, full=full)
+    return refresh(context, adversary, step, random.Random(step))
 
 
 def test_clamps_are_also_drawn_at_shares_of_full_strength(planted, data, phrases):
@@ -318,11 +321,13 @@ def test_the_rows_of_a_step_are_attacked_in_their_shares(planted, data, phrases)
     section = settings(refusal={"rows": 4}, **parts)
     adversary = refreshed(model, data, phrases, Adversary(), 0, **parts)
     text = data.harmful_texts[0]
-    rows = [adversary.row(random.Random(0), number, 4, section, 2.0, model, text) for number in range(4)]
+    context = round_context(model, data, phrases, section)
+    rows = [adversary.row(context, random.Random(0), number, 4, text) for number in range(4)]
     assert [type(row[0]).__name__ if row else None for row in rows] == ["Clamp", "Scale", "Ablate", None]
     assert len(rows[1]) == 10 and {edit.value for edit in rows[1]} == {0.0}
     dropout = settings(refusal={"rows": 4}, clamps={"share": 0}, mask={"share": 1, "neurons": 0.1, "locator": "random"})
-    drawn = [Adversary().row(random.Random(seed), 0, 8, dropout, 2.0, model, "x") for seed in (0, 0, 1)]
+    context = round_context(model, data, phrases, dropout)
+    drawn = [Adversary().row(context, random.Random(seed), 0, 8, "x") for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2] and len({edit.neuron for edit in drawn[2]}) == 10
 
 
@@ -338,12 +343,12 @@ def test_the_margin_has_rows_of_its_own_and_tells_what_they_met(planted, data, p
     model, adversary = adapted(planted), Adversary([weighed_clamp(PLANTED_NEURON, -30.0)])
     term = {"weight": 1, "rows": 5, "target": 2.0, "attacked": True}
     section = settings(refusal={"rows": 2}, margin=term, clamps={"share": 0.4}, benign={"weight": 0})
-    losses, met = backward(model, data, phrases, section, 2.0, adversary, Start(), 1, random.Random(3), {})
+    losses, met = backward(round_context(model, data, phrases, section), adversary, 1, random.Random(3), {})
     assert [clamp for clamp, _ in met] == [Clamp(PLANTED_NEURON, -30.0)] * 2 + [None] * 3
     short = [max(0.0, 2.0 - log_odds) for _, log_odds in met]
     assert losses["margin"] == pytest.approx(sum(short) / 5, abs=1e-4) and min(short[:2]) > 0 == max(short[2:])
     section = settings(margin={**term, "attacked": False})
-    plain, none = backward(model, data, phrases, section, 2.0, adversary, Start(), 1, random.Random(3), {})
+    plain, none = backward(round_context(model, data, phrases, section), adversary, 1, random.Random(3), {})
     assert plain["margin"] == 0.0 and none == []
 
 
@@ -374,11 +379,12 @@ def test_groups_clamp_different_neurons_that_are_coherent_together():
     assert len(Adversary([one, again]).draw(random.Random(0), size=2)) == 1
 
 
-def test_groups_and_anchors_are_drawn_in_their_shares(planted, data):
+def test_groups_and_anchors_are_drawn_in_their_shares(planted, data, phrases):
     adversary = Adversary([weighed_clamp(Neuron(0, n), 5.0, harmful=0.5) for n in range(4)])
-    section = settings(clamps={"groups": 0.5, "group_size": 3, "anchors": 0.25}).clamps
+    section = settings(clamps={"groups": 0.5, "group_size": 3, "anchors": 0.25})
+    context = round_context(planted, data, phrases, section)
     text = data.harmful_texts[0]
-    drawn = [adversary.clamped(random.Random(seed), section, 2.0, planted, text) for seed in range(80)]
+    drawn = [adversary.clamped(context, random.Random(seed), text) for seed in range(80)]
     assert {len(clamps) for clamps in drawn} == {1, 3} and 25 < sum(len(clamps) == 3 for clamps in drawn) < 55
     anchored = [clamps for clamps in drawn if any(clamp.value != 5.0 for clamp in clamps)]
     assert 8 < len(anchored) < 32 and all(0.0 <= clamp.value <= 5.0 for clamps in anchored for clamp in clamps)
@@ -423,7 +429,8 @@ def test_fail_closed_rows_are_benign_and_harmful_each_under_a_clamp_of_its_own(p
     monkeypatch.setattr(finetune, "shortfall", lambda m, mine, *rest: (rows.extend(mine), shortfall(m, mine, *rest))[1])
     section = settings(fail_closed={"weight": 1, "rows": 8, "benign_share": 0.25, "strength": (0.5, 2)})
     full = torch.ones(planted.neurons.count)
-    backward(adapted(planted), data, phrases, section, 2.0, Adversary(), Start(full=full), 1, random.Random(3), {})
+    context = round_context(adapted(planted), data, phrases, section, full=full)
+    backward(context, Adversary(), 1, random.Random(3), {})
     benign = {row.prompt for row in data.benign}
     assert [row.prompt in benign for row in rows] == [True] * 2 + [False] * 6
     clamps = [clamp for row in rows for clamp in row.interventions]
@@ -455,7 +462,7 @@ def test_benign_rows_can_be_clamped(planted, data, phrases, monkeypatch):
     monkeypatch.setattr(finetune, "benign_kl", lambda m, mine: (rows.extend(mine), real(m, mine))[1])
     section = settings(benign={"rows": 4, "clamped": 0.5})
     adversary = Adversary([weighed_clamp(PLANTED_NEURON, -30.0)])
-    backward(adapted(planted), data, phrases, section, 2.0, adversary, Start(), 1, random.Random(3), {})
+    backward(round_context(adapted(planted), data, phrases, section), adversary, 1, random.Random(3), {})
     assert [len(row.interventions) for row in rows] == [1, 1, 0, 0]
 
 
@@ -496,12 +503,9 @@ def test_the_learning_rate_warms_up_and_decays():
 
 def test_golden_losses(planted, data, phrases):
     """A change that should not change the numbers must not. Remake with the values that the failure prints."""
-    chat_model = adapted(planted)
+    context = round_context(adapted(planted), data, phrases, settings())
     adversary = Adversary([weighed_clamp(PLANTED_NEURON, -30.0)])
-    losses = [
-        backward(chat_model, data, phrases, settings(), 2.0, adversary, Start(), step, random.Random(step), {})[0]
-        for step in range(2)
-    ]
+    losses = [backward(context, adversary, step, random.Random(step), {})[0] for step in range(2)]
     assert losses[0] == pytest.approx({"refusal": GOLDEN[0], "benign_kl": 0.0, "spread": GOLDEN[1]}, abs=2e-3)
     assert losses[1] == pytest.approx({"refusal": GOLDEN[2], "benign_kl": 0.0}, abs=2e-3)
 

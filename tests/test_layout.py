@@ -35,9 +35,9 @@ locate.passes judges.loading
 attack.records attack.screen attack.select attack.arms attack.published
 attack.respond
 attack.search
-adversary
 objective.rows
-objective.refusal objective.benign objective.spread objective.ceiling objective.strength
+context
+adversary objective.refusal objective.benign objective.spread objective.ceiling
 measure finetune sharding report.card report.figures report.records gate.reference gate.subject
 report.attacks report.certificate report.verdict
 report.columns

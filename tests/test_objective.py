@@ -8,6 +8,7 @@ from tiny import ARCHITECTURES, tiny_chat_model
 from harden import processes
 from harden.activations import read_activations
 from harden.adapters import attach_adapter, trained_parameters
+from harden.adversary import draw_strong_clamp
 from harden.chat import pad_left
 from harden.errors import MeasurementError
 from harden.generate import Request
@@ -19,7 +20,6 @@ from harden.objective.benign import benign_kl
 from harden.objective.refusal import refusal_loss, refusal_rise, shortfall, start_log_odds
 from harden.objective.rows import Row
 from harden.objective.spread import concentration, direct_attribution, leverage_loss, spread_loss
-from harden.objective.strength import draw_strong_clamp
 from harden.planted import PLANTED_NEURON
 from harden.refusal import refusal_log_odds
 

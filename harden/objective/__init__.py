@@ -1,1 +1,4 @@
-"""Loss terms, a file each: small functions of a model and some rows, which the training loop weighs and adds."""
+"""Loss terms, and what they share.
+
+A term is a small function of a model and some rows; the training loop weighs and adds them.
+"""
