@@ -31,6 +31,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 
 from harden.adapters import starting_model
 from harden.attack.run import attack
@@ -64,11 +65,12 @@ class Trained(Record):
     """Over the starting model's, as a share."""
     effective_neurons: float
     worst_leverage: float
-    """Geometric mean over prompts: predicted drop of the log-odds at the worst clamp, over the log-odds."""
+    """Geometric mean over prompts: 8-norm over neurons and values of the predicted drop of the log-odds at a clamp of
+    this model's own gaps, over softplus of the log-odds."""
     log_odds_harmful: float
     log_odds_twins: float
     seconds_per_step: float | None
-    """Null for the starting model."""
+    """The median; null for the starting model."""
 
 
 class Cell(Record):
@@ -254,7 +256,7 @@ def measure(run: Run) -> Trained:
     prompts = [chat_model.chat.prompt_ids(prompt.text) for prompt in bench.harmful["test"][:LEVERAGE_PROMPTS]]
     with starting_model(chat_model.model):
         before = perplexity(chat_model, texts, batch_size)
-        contrast = bench.contrast()
+    contrast = bench.contrast()  # of the trained model: an attacker's sizes count in its gaps
     values = [contrast.clamp_values(size) for size in LEVERAGE_SIZES]
     leverages = [float(leverage_loss(chat_model, [prompt], bench.phrases, values).detach()) for prompt in prompts]
     chat_model.model.zero_grad(set_to_none=True)
@@ -267,7 +269,7 @@ def measure(run: Run) -> Trained:
         worst_leverage=math.exp(mean(leverages)),
         log_odds_harmful=mean(scores.harmful_log_odds),
         log_odds_twins=mean(scores.harmless_log_odds),
-        seconds_per_step=mean(steps) if steps else None,
+        seconds_per_step=median(steps) if steps else None,
     )
 
 

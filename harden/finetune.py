@@ -37,7 +37,7 @@ from harden.settings.training import TrainSection
 logger = logging.getLogger(__name__)
 
 HINGES = ("margin", "twins", "fail_closed")
-FINAL_LEARNING_RATE = 0.1  # of the peak, reached linearly at the last step of a round
+FINAL_LEARNING_RATE = 0.1  # of the peak: where the linear fall is headed at the end of a round
 
 
 def train_round(
