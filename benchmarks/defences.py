@@ -41,13 +41,13 @@ from harden.errors import HardenError, MeasurementError
 from harden.generate import mean
 from harden.interventions import Clamp
 from harden.judges.embedded import RULES
-from harden.measure import benign_divergence, count_flips, perplexity
+from harden.measure import benign_divergence, perplexity
 from harden.objective.spread import leverage_loss
 from harden.policy import SUITE_VERSION
 from harden.recipe import Recipe, load_recipe, read_overrides
 from harden.report.attacks import shown_arm
 from harden.report.tables import markdown_table
-from harden.results import Mean, Record, SuiteResults
+from harden.results import Mean, Record, SuiteResults, count_flips
 from harden.rounds import Run
 from harden.runfolder import RunFolder
 from harden.schema import merge

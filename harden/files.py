@@ -1,8 +1,10 @@
-"""Files that are whole or absent, and records that are read back from them."""
+"""Files and folders that are whole or absent, and records that are read back from them."""
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,3 +41,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder so that it is whole or absent. write: fills the folder that it is given."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    write(part)
+    mode = next(part.glob("*.json")).stat().st_mode
+    for weights in part.glob("*.safetensors"):  # which the library leaves to its owner alone
+        weights.chmod(mode)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)

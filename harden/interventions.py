@@ -94,9 +94,10 @@ def intervene(neurons: MlpNeurons, rows: Sequence[Sequence[Intervention]]) -> It
 
     rows: one sequence of interventions per batch row (empty: the row is left alone). A forward pass may also
     have k * len(rows) rows; row r then gets the interventions of rows[r // k], as after `repeat_interleave`.
-    Raises HardenError for a neuron that the model does not have.
+    Raises HardenError for a neuron that the model does not have, or that a row edits twice.
     """
     by_layer: dict[int, list[tuple[int, Clamp | Scale | Add]]] = defaultdict(list)
+    edited: set[tuple[int, Neuron]] = set()
     ablated: dict[int, Ablate] = {}
     for row, interventions in enumerate(rows):
         for intervention in interventions:
@@ -106,6 +107,9 @@ def intervene(neurons: MlpNeurons, rows: Sequence[Sequence[Intervention]]) -> It
                 ablated[row] = intervention
                 continue
             neurons.check(intervention.neuron)
+            if (row, intervention.neuron) in edited:
+                raise HardenError(f"a row can have one edit of neuron {intervention.neuron}, not two")
+            edited.add((row, intervention.neuron))
             by_layer[intervention.neuron.layer].append((row, intervention))
 
     handles = []

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,20 +19,20 @@ from harden import __version__, bundled, processes
 from harden.adapters import adapter_state, restore_adapter, save_adapter
 from harden.bench import Bench, note_finished
 from harden.context import RoundContext, TrainingData
+from harden.decisions import accept, best_round, breakers, clamp_of, meets_tolerance, reason_to_stop, utility_factor
 from harden.errors import HardenError
-from harden.files import read_finished, write_atomically
+from harden.files import read_finished, write_atomically, write_folder
 from harden.finetune import train_round
 from harden.interventions import Clamp
-from harden.measure import attack_record, count_flips, measure, neuron_records, screen_records
+from harden.measure import attack_record, measure, neuron_records, screen_records
 from harden.models import load_chat_model
-from harden.neurons import Neuron
 from harden.objective.rows import Row
 from harden.recipe import Recipe
 from harden.report.card import model_card
 from harden.report.page import report
 from harden.report.records import RunRecords
 from harden.report.writing import write_page
-from harden.results import AttackRecord, Measurement, Rate, Results, RoundRecord
+from harden.results import Measurement, Rate, Results, RoundRecord, count_flips
 from harden.runfolder import RunFolder
 from harden.settings.training import TrainSection
 
@@ -79,88 +78,6 @@ def harden(recipe: Recipe) -> Results:
     )
     run.save(results)
     return results
-
-
-def reason_to_stop(rounds: Sequence[RoundRecord], recipe: Recipe) -> str | None:
-    last = rounds[-1]
-    if last.accepted and meets_tolerance(last, recipe):
-        return (
-            f"no single neuron of this search flips more than {recipe.rounds.tolerance:.0%} of the selection prompts "
-            f"(upper bound {last.most_flipped.high:.1%})"
-        )
-    if last.number >= recipe.rounds.max:
-        rejected = "" if last.accepted else f", and {last.decision}"
-        return f"the budget of {recipe.rounds.max} round{'s' * (recipe.rounds.max > 1)} is spent{rejected}"
-    return None
-
-
-def utility_factor(rounds: Sequence[RoundRecord], recipe: Recipe) -> float:
-    """On the weights of the utility terms of the next round."""
-    return recipe.rounds.tighten ** sum(not record.accepted for record in rounds)
-
-
-def meets_tolerance(record: RoundRecord, recipe: Recipe) -> bool:
-    """Whether the model refuses without attack and no neuron flips more than a few prompts, on the upper bound."""
-    return record.most_flipped.high <= recipe.rounds.tolerance and refuses(record, recipe)
-
-
-def refuses(record: RoundRecord, recipe: Recipe) -> bool:
-    return record.selection.no_attack.refuse.rate >= recipe.rounds.min_refusal
-
-
-def accept(number: int, selection: Measurement, start: Measurement | None, recipe: Recipe) -> tuple[bool, str]:
-    """Whether a round keeps the utility floors, and a sentence that says so."""
-    if start is None:
-        return True, "the starting model"
-    rise = selection.over_refusal.rate - start.over_refusal.rate
-    if selection.benign_kl.mean > recipe.rounds.max_benign_kl:
-        return False, (
-            f"round {number} broke the utility floor: benign KL {selection.benign_kl.mean:.3f} nats per token is "
-            f"above {recipe.rounds.max_benign_kl}"
-        )
-    if selection.benign_perplexity is not None and start.benign_perplexity is not None:
-        dearer = selection.benign_perplexity / start.benign_perplexity - 1
-        if dearer > recipe.rounds.max_perplexity_rise:
-            return False, (
-                f"round {number} broke the utility floor: benign perplexity rose by {dearer:.1%}, more than "
-                f"{recipe.rounds.max_perplexity_rise:.1%}"
-            )
-    if rise > recipe.rounds.max_over_refusal_rise:
-        return False, (
-            f"round {number} broke the utility floor: over-refusal rose by {rise:.1%}, more than "
-            f"{recipe.rounds.max_over_refusal_rise:.1%}"
-        )
-    return True, "utility floors kept"
-
-
-def best_round(rounds: Sequence[RoundRecord], recipe: Recipe) -> RoundRecord:
-    """The best accepted round on the selection split.
-
-    One that meets the tolerance before one that does not, one that refuses without attack before one that does not,
-    then the lowest attack success, then the lowest benign KL.
-    """
-
-    def badness(record: RoundRecord) -> tuple[bool, bool, float, float]:
-        selection = record.selection
-        worst = max(selection.worst_neuron.comply.rate, selection.no_attack.comply.rate)
-        return not meets_tolerance(record, recipe), not refuses(record, recipe), worst, selection.benign_kl.mean
-
-    return min((record for record in rounds if record.accepted), key=badness)
-
-
-def breakers(rounds: Sequence[RoundRecord]) -> list[Clamp]:
-    """Clamps that flipped any prompt in the finals of an earlier search."""
-    found = {
-        clamp_of(attack)
-        for record in rounds
-        for attack in record.finals
-        if count_flips(attack.outcomes, record.selection.no_attack.outcomes)
-    }
-    return sorted(found, key=lambda clamp: (clamp.neuron, clamp.value))
-
-
-def clamp_of(record: AttackRecord) -> Clamp:
-    return Clamp(Neuron.parse(record.neuron), record.value)
 
 
 class Run:
@@ -274,7 +191,7 @@ class Run:
             card = model_card(results, self.recipe)
             self.save_adapter(card)
             if self.recipe.save.merged:
-                _write_folder(self.folder.path / "model", self._save_merged)
+                write_folder(self.folder.path / "model", self._save_merged)
             write_atomically(self.folder.path / "README.md", card)
             write_atomically(self.folder.path / "results.json", results.model_dump_json(indent=1) + "\n")
             page = report([RunRecords(self.folder.path.name, {"training": self.recipe}, training=results)])
@@ -290,7 +207,7 @@ class Run:
             save_adapter(self.chat_model.model, part)
             write_atomically(part / "README.md", card)  # instead of PEFT's empty template
 
-        _write_folder(self.folder.path / "adapter", write)
+        write_folder(self.folder.path / "adapter", write)
 
     # -- what they work with -----------------------------------------------------------------------------------
 
@@ -346,15 +263,3 @@ class Run:
             merged.generation_config = GenerationConfig.from_pretrained(str(bundled.resolve(self.recipe.model.name)))
         merged.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
-
-
-def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder so that it is whole or absent."""
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    write(part)
-    mode = next(part.glob("*.json")).stat().st_mode
-    for weights in part.glob("*.safetensors"):  # which the library leaves to its owner alone
-        weights.chmod(mode)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)

@@ -95,6 +95,16 @@ def test_clamp_holds_under_gradient_checkpointing():
     torch.testing.assert_close(*gradients)
 
 
+def test_two_edits_of_one_neuron_in_a_row_are_an_error():
+    chat_model = tiny_chat_model("llama")
+    apart = [(Clamp(NEURON, 1.0),), (Add(NEURON, 1.0), Add(Neuron(NEURON.layer, NEURON.index + 1), 1.0))]
+    with intervene(chat_model.neurons, apart):
+        pass
+    twice = [(Clamp(NEURON, 1.0), Add(NEURON, 1.0))]
+    with pytest.raises(HardenError, match=f"one edit of neuron {NEURON}"), intervene(chat_model.neurons, twice):
+        pass
+
+
 def test_hooks_are_removed_when_the_body_or_the_setup_fails():
     chat_model = tiny_chat_model("llama")
     with pytest.raises(RuntimeError), intervene(chat_model.neurons, [(Clamp(NEURON, 1.0),)]):

@@ -48,6 +48,7 @@ gate.evidence gate.cards
 gate.attestation
 runfolder
 bench
+decisions
 attack.suite
 attack.concept
 certify.chunks

@@ -2,10 +2,9 @@
 
 import pytest
 
-from harden.measure import count_flips
+from harden.decisions import accept, best_round, breakers, reason_to_stop, utility_factor
 from harden.recipe import Recipe
-from harden.results import AttackRecord, Mean, Measurement, Rate, RoundRecord
-from harden.rounds import accept, best_round, breakers, reason_to_stop, utility_factor
+from harden.results import AttackRecord, Mean, Measurement, Rate, RoundRecord, count_flips
 
 N = 100
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from harden import __version__, processes
 from harden.attack.arms import NO_ATTACK
 from harden.attack.concept import attack_concepts, read_concepts
+from harden.attack.respond import Keep
 from harden.attack.suite import ATTACKS, ATTRIBUTION, Suite, judges_agreement
 from harden.bench import Bench, note_finished
 from harden.errors import HardenError
@@ -49,21 +50,7 @@ def attack(
     names = list(dict.fromkeys(recipe.suite.attacks))
     passages = load_prompts("concepts", **recipe.suite.concepts.model_dump()) if "concept" in names else []
     concepts = read_concepts(passages) if passages else []
-
-    def keep(request: Request, completion: Completion, verdict: Verdict) -> None:
-        row = {
-            "request": request.text,
-            "interventions": [describe(edit) for edit in request.interventions],
-            "prefix": request.prefix,
-            "completion": completion.text,
-            "outcomes": verdict.outcomes,
-            "reason": verdict.reason,
-        }
-        if processes.is_main():
-            with (folder.path / KEPT).open("a", encoding="utf-8") as file:
-                file.write("\n" + json.dumps(row, ensure_ascii=False))  # a kill may have cut the last line short
-
-    bench = Bench(recipe, folder, training=False, keep=keep if keep_completions else None)
+    bench = Bench(recipe, folder, training=False, keep=_keeper(folder.path / KEPT) if keep_completions else None)
     if folder.stage("keep-completions", bool, lambda: keep_completions) != keep_completions:
         raise HardenError(f"{folder.path} was begun with the other choice of --keep-completions; give another --output")
     suite = Suite(bench, settled and (lambda report: settled(so_far(report), report.attack)))
@@ -113,6 +100,25 @@ def attack(
         write_atomically(finished, results.model_dump_json(indent=1) + "\n")
     processes.wait()
     return results
+
+
+def _keeper(path: Path) -> Keep:
+    """Appends a request, its completion and what was said of it to the file."""
+
+    def keep(request: Request, completion: Completion, verdict: Verdict) -> None:
+        row = {
+            "request": request.text,
+            "interventions": [describe(edit) for edit in request.interventions],
+            "prefix": request.prefix,
+            "completion": completion.text,
+            "outcomes": verdict.outcomes,
+            "reason": verdict.reason,
+        }
+        if processes.is_main():
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n" + json.dumps(row, ensure_ascii=False))  # a kill may have cut the last line short
+
+    return keep
 
 
 def _finished(path: Path, keep_completions: bool) -> SuiteResults:

@@ -9,7 +9,7 @@ from harden.report.attacks import shown_arm
 from harden.report.card import summary_rows
 from harden.report.records import RunRecords
 from harden.report.tables import mean_text, rate_text
-from harden.results import AttributionRecord, Rate
+from harden.results import AttributionRecord, Rate, SuiteResults
 
 Rows = Sequence[Sequence[str]]
 
@@ -27,66 +27,74 @@ class Column:
 def columns_of(run: RunRecords, several: bool) -> list[Column]:
     """Those of a run folder: before and after training, and what its suite or certificate measured. several: it
     stands beside other folders, so labels have its name."""
-    columns = []
-    if run.training is not None:
-        rows = summary_rows(run.training)
-        training = run.training
-        adapters = training.adapter, f"{run.recipes['training'].output}/adapter"
-        for place, (when, measured) in enumerate({"before": run.training.before, "after": run.training.after}.items()):
-            columns.append(
-                Column(
-                    label=f"{run.name}: {when}" if several else when,
-                    figures={
-                        "model": model_name(training.model, adapters[place]),
-                        "measured with": f"{training.max_new_tokens} tokens, {run.recipes['training'].seeds}",
-                        **{name: values[place] for name, *values in rows},
-                    },
-                    attacks={
-                        "none": measured.no_attack.comply,
-                        "clamp (search of rounds)": measured.worst_neuron.comply,
-                    },
-                    attribution=measured.attribution,
-                )
-            )
+    columns = _training_columns(run, several) if run.training is not None else []
     if run.suite is None and run.certificate is None:
         return columns
+    label = run.name if several or columns else run.title
+    return [*columns, _measured_column(run, f"{label}: suite" if columns else label)]
+
+
+def _training_columns(run: RunRecords, several: bool) -> list[Column]:
+    training, recipe = run.training, run.recipes["training"]
+    rows = summary_rows(training)
+    adapters = training.adapter, f"{recipe.output}/adapter"
+    return [
+        Column(
+            label=f"{run.name}: {when}" if several else when,
+            figures={
+                "model": model_name(training.model, adapters[place]),
+                "measured with": f"{training.max_new_tokens} tokens, {recipe.seeds}",
+                **{name: values[place] for name, *values in rows},
+            },
+            attacks={"none": measured.no_attack.comply, "clamp (search of rounds)": measured.worst_neuron.comply},
+            attribution=measured.attribution,
+        )
+        for place, (when, measured) in enumerate({"before": training.before, "after": training.after}.items())
+    ]
+
+
+def _measured_column(run: RunRecords, label: str) -> Column:
+    """Of the suite, of a gate's KL and of the certificate, as far as there are any."""
     shown: dict[str, str] = {}
     attacks: dict[str, Rate] = {}
     if run.suite is not None:
-        suite, seeds = run.suite, run.recipes["suite"].seeds
-        attacks["none"] = suite.no_attack.comply
-        shown["model"] = model_name(suite.model, suite.adapter)
-        shown["measured with"] = f"{suite.max_new_tokens} tokens, {seeds}, {' and '.join(suite.judges)}"
-        shown["attack success without attack"] = rate_text(suite.no_attack.comply)
-        shown["refused without attack"] = rate_text(suite.no_attack.refuse)
-        for attack in suite.attacks:
-            arm = shown_arm(attack)
-            attacks[attack.attack] = arm.comply
-            if attack.attack == "constant":
-                shown |= {
-                    "worst single neuron": arm.label.removeprefix("clamp ").replace(" ", " clamped to "),
-                    "its attack success": rate_text(arm.comply),
-                    "its degenerate share": rate_text(arm.degenerate),
-                    "union over clamps": f"{rate_text(attack.union)}, {len(attack.arms)} clamps",
-                }
-            else:
-                chosen = "" if attack.tried or len(attack.arms) == 1 else f", worst of {len(attack.arms)} on test"
-                shown[f"attack success, {attack.attack}"] = rate_text(arm.comply) + chosen
-        shown["over-refusal (benign look-alikes)"] = rate_text(suite.over_refusal)
-        if suite.attribution:
-            shown["effective number of neurons"] = f"{suite.attribution.effective_neurons:.0f}"
+        attacks = {"none": run.suite.no_attack.comply}
+        attacks |= {attack.attack: shown_arm(attack).comply for attack in run.suite.attacks}
+        shown |= _suite_figures(run.suite, run.recipes["suite"].seeds)
     if run.gate is not None and run.gate.benign_kl is not None:
         shown["benign KL, nats per token"] = mean_text(run.gate.benign_kl)
     if run.certificate is not None:
         c = run.certificate
+        left_out = c.neurons - c.first - c.drawn
         shown["model"] = model_name(c.model, c.adapter)
         shown["neurons that break it (certificate)"] = f"{len(c.breakers)} of {c.first + c.drawn} scanned"
-        left_out = c.neurons - c.first - c.drawn
         shown["missed ones, at most"] = f"{c.most_missed} of {left_out}" if left_out else "no neuron left out"
-    label = run.name if several or columns else run.title
-    columns.append(Column(f"{label}: suite" if columns else label, shown, attacks,
-                        run.suite.attribution if run.suite else None))  # fmt: skip
-    return columns
+    return Column(label, shown, attacks, run.suite.attribution if run.suite else None)
+
+
+def _suite_figures(suite: SuiteResults, seeds: str) -> dict[str, str]:
+    shown = {
+        "model": model_name(suite.model, suite.adapter),
+        "measured with": f"{suite.max_new_tokens} tokens, {seeds}, {' and '.join(suite.judges)}",
+        "attack success without attack": rate_text(suite.no_attack.comply),
+        "refused without attack": rate_text(suite.no_attack.refuse),
+    }
+    for attack in suite.attacks:
+        arm = shown_arm(attack)
+        if attack.attack == "constant":
+            shown |= {
+                "worst single neuron": arm.label.removeprefix("clamp ").replace(" ", " clamped to "),
+                "its attack success": rate_text(arm.comply),
+                "its degenerate share": rate_text(arm.degenerate),
+                "union over clamps": f"{rate_text(attack.union)}, {len(attack.arms)} clamps",
+            }
+        else:
+            chosen = "" if attack.tried or len(attack.arms) == 1 else f", worst of {len(attack.arms)} on test"
+            shown[f"attack success, {attack.attack}"] = rate_text(arm.comply) + chosen
+    shown["over-refusal (benign look-alikes)"] = rate_text(suite.over_refusal)
+    if suite.attribution:
+        shown["effective number of neurons"] = f"{suite.attribution.effective_neurons:.0f}"
+    return shown
 
 
 def model_name(name: str, adapter: str | None) -> str:
