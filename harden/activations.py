@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -77,17 +78,12 @@ def _read_batch(
 
         return record
 
-    handles = []
-    try:
-        with intervene(chat_model.neurons, [request.interventions for request in requests]):
-            for layer, block in enumerate(chat_model.neurons.blocks):  # behind the hooks that intervene
-                handles.append(block.layer.register_forward_hook(record_stream(layer)))
-                module = chat_model.neurons.down_projections[layer]
-                handles.append(module.register_forward_pre_hook(record_neurons(layer)))
-            chat_model.model(**batch.inputs(), use_cache=False, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with intervene(chat_model.neurons, [request.interventions for request in requests]), ExitStack() as hooks:
+        for layer, block in enumerate(chat_model.neurons.blocks):  # behind the hooks that intervene
+            hooks.enter_context(block.layer.register_forward_hook(record_stream(layer)))
+            module = chat_model.neurons.down_projections[layer]
+            hooks.enter_context(module.register_forward_pre_hook(record_neurons(layer)))
+        chat_model.model(**batch.inputs(), use_cache=False, logits_to_keep=1)
     layers = range(len(chat_model.neurons.blocks))
     return list(
         zip(torch.cat([neurons[n] for n in layers], -1), torch.stack([stream[n] for n in layers], 1), strict=True)
@@ -109,15 +105,11 @@ def template_activations(
             return lambda _module, args: found.update({layer: args[0][:, -tail:, indices].float().cpu()})
 
         indices = {n.layer: [m.index for m in neurons if m.layer == n.layer] for n in neurons}
-        handles = []
-        try:
+        with ExitStack() as hooks:
             for layer, wanted in indices.items():
                 module = chat_model.neurons.down_projections[layer]
-                handles.append(module.register_forward_pre_hook(record(layer, wanted)))
+                hooks.enter_context(module.register_forward_pre_hook(record(layer, wanted)))
             chat_model.model(**batch.inputs(), use_cache=False, logits_to_keep=1)
-        finally:
-            for handle in handles:
-                handle.remove()
         columns = [found[n.layer][:, :, indices[n.layer].index(n.index)] for n in neurons]
         return list(torch.stack(columns, 1).unbind())
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -134,14 +134,10 @@ def _recording(neurons: MlpNeurons) -> Iterator[list[list[LayerOutput]]]:
 
         return record
 
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for block, passes in zip(neurons.blocks, recorded, strict=True):
-            handles.append(block.layer.register_forward_hook(recorder(passes)))
+            hooks.enter_context(block.layer.register_forward_hook(recorder(passes)))
         yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -201,12 +197,11 @@ def _last_mlp_where_it_is_read(chat_model: ChatModel) -> Iterator[None]:
         return torch.nn.functional.pad(compute(x[:, -asked:].contiguous()), (0, 0, x.shape[1] - asked, 0))
 
     had_its_own = "forward" in mlp.__dict__
-    handle = chat_model.model.register_forward_pre_hook(note, with_kwargs=True)
     try:
         mlp.forward = forward
-        yield
+        with chat_model.model.register_forward_pre_hook(note, with_kwargs=True):
+            yield
     finally:
-        handle.remove()
         if had_its_own:
             mlp.forward = compute
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -112,23 +112,18 @@ def intervene(neurons: MlpNeurons, rows: Sequence[Sequence[Intervention]]) -> It
             edited.add((row, intervention.neuron))
             by_layer[intervention.neuron.layer].append((row, intervention))
 
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for layer, edits in by_layer.items():
             device = next(neurons.down_projections[layer].parameters()).device
             hook = _editing_hook(edits, len(rows), device)
-            handles.append(neurons.down_projections[layer].register_forward_pre_hook(hook))
-        if ablated:
-            for number, block in enumerate(neurons.blocks):
-                ablate = _ablation(ablated, number, len(rows))
-                hook = _ablate_input(ablate)
-                handles.append(block.layer.register_forward_pre_hook(hook, with_kwargs=True))
-                for module in (*block.writers, block.layer):
-                    handles.append(module.register_forward_hook(_ablate_output(ablate)))
+            hooks.enter_context(neurons.down_projections[layer].register_forward_pre_hook(hook))
+        for number, block in enumerate(neurons.blocks if ablated else ()):
+            take_out = _ablation(ablated, number, len(rows))
+            hook = _ablate_input(take_out)
+            hooks.enter_context(block.layer.register_forward_pre_hook(hook, with_kwargs=True))
+            for module in (*block.writers, block.layer):
+                hooks.enter_context(module.register_forward_hook(_ablate_output(take_out)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def describe(intervention: Intervention) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -86,14 +86,10 @@ class MlpNeurons:
 
             return record
 
-        handles = []
-        try:
+        with ExitStack() as hooks:
             for layer, module in enumerate(self.down_projections):
-                handles.append(module.register_forward_pre_hook(recorder(layer)))
+                hooks.enter_context(module.register_forward_pre_hook(recorder(layer)))
             yield activations
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def find_neurons(model: nn.Module) -> MlpNeurons:

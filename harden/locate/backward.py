@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -80,16 +80,11 @@ def _sums(chat_model, rows, phrases, rules) -> tuple[list[list[torch.Tensor]], l
     def recorder(layer: int):
         return lambda _module, args: recorded[layer].append(args[0])
 
-    with rules(), graph_from_embeddings(chat_model.model):
-        handles = [  # behind the rules' own hooks: a neuron's gradient is that of what the down projection takes in
-            module.register_forward_pre_hook(recorder(layer))
-            for layer, module in enumerate(chat_model.neurons.down_projections)
-        ]
-        try:
-            log_odds = refusal_log_odds(chat_model.model, prompts, phrases)  # of one pass, or of two
-        finally:
-            for handle in handles:
-                handle.remove()
+    with rules(), graph_from_embeddings(chat_model.model), ExitStack() as hooks:
+        # behind the rules' own hooks: a neuron's gradient is that of what the down projection takes in
+        for layer, module in enumerate(chat_model.neurons.down_projections):
+            hooks.enter_context(module.register_forward_pre_hook(recorder(layer)))
+        log_odds = refusal_log_odds(chat_model.model, prompts, phrases)  # of one pass, or of two
     passes = len(recorded[0])
     flat = [h for layer in recorded for h in layer]
     gradients = torch.autograd.grad((log_odds * weight).sum(), flat, allow_unused=True, materialize_grads=True)
@@ -109,16 +104,12 @@ def _sums(chat_model, rows, phrases, rules) -> tuple[list[list[torch.Tensor]], l
     return [list(kind) for kind in zip(*layers, strict=True)], log_odds.tolist()
 
 
-class graph_from_embeddings:
-    """Make the embeddings' output the root of the autograd graph, so that a frozen model has gradients inside."""
+@contextmanager
+def graph_from_embeddings(model) -> Iterator[None]:
+    """Inside, the embeddings' output is the root of the autograd graph, so that a frozen model has gradients inside."""
 
-    def __init__(self, model):
-        self.embeddings = model.get_input_embeddings()
+    def root(_module, _args, output):
+        return output if output.requires_grad else output.requires_grad_()
 
-    def __enter__(self):
-        self.handle = self.embeddings.register_forward_hook(
-            lambda _module, _args, output: output if output.requires_grad else output.requires_grad_()
-        )
-
-    def __exit__(self, *_):
-        self.handle.remove()
+    with model.get_input_embeddings().register_forward_hook(root):
+        yield

@@ -10,7 +10,7 @@ and one backward pass per harmful prompt and layer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -60,9 +60,7 @@ def cut(block: Block) -> Iterator[None]:
     def detach(_module, _args, output):
         return (output[0].detach(), *output[1:]) if isinstance(output, tuple) else output.detach()
 
-    handles = [module.register_forward_hook(detach) for module in block.writers]
-    try:
+    with ExitStack() as hooks:
+        for module in block.writers:
+            hooks.enter_context(module.register_forward_hook(detach))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

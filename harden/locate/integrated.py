@@ -17,7 +17,7 @@ beside one of each per harmless prompt.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -69,12 +69,7 @@ def _moved(chat_model: ChatModel, targets: Sequence[torch.Tensor], share: float)
 
         return move
 
-    handles = [
-        module.register_forward_hook(mover(target))
-        for module, target in zip(chat_model.neurons.down_projections, targets, strict=True)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for module, target in zip(chat_model.neurons.down_projections, targets, strict=True):
+            hooks.enter_context(module.register_forward_hook(mover(target)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

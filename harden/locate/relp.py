@@ -18,7 +18,7 @@ Gemma 2, for one). Where a piece is not reached, its plain gradient is taken.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -45,23 +45,19 @@ def relevance_rules(chat_model: ChatModel) -> Iterator[None]:
     """Inside, backward passes follow the rules; forward passes give what they always give, up to rounding."""
     model, config = chat_model.model, chat_model.model.config.get_text_config()
     attention = config._attn_implementation
-    handles = []
-    for name, module in model.named_modules():
-        if type(module).__name__.endswith("Norm"):
-            handles.append(module.register_forward_hook(_constant_scale))
-        elif _is_activation(name, module):
-            handles.append(module.register_forward_hook(_constant_ratio))
-    for projection, block in zip(chat_model.neurons.down_projections, chat_model.neurons.blocks, strict=True):
-        if _is_gated(block.layer, projection):
-            handles.append(projection.register_forward_pre_hook(_half))
-    try:
+    with ExitStack() as inside:
+        for name, module in model.named_modules():
+            if type(module).__name__.endswith("Norm"):
+                inside.enter_context(module.register_forward_hook(_constant_scale))
+            elif _is_activation(name, module):
+                inside.enter_context(module.register_forward_hook(_constant_ratio))
+        for projection, block in zip(chat_model.neurons.down_projections, chat_model.neurons.blocks, strict=True):
+            if _is_gated(block.layer, projection):
+                inside.enter_context(projection.register_forward_pre_hook(_half))
         if attention == "sdpa":
+            inside.callback(setattr, config, "_attn_implementation", attention)
             config._attn_implementation = CONSTANT_PROBABILITIES
         yield
-    finally:
-        config._attn_implementation = attention
-        for handle in handles:
-            handle.remove()
 
 
 def _is_activation(name: str, module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ while the same neuron may break the model at a quarter of the stream's norm.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 
@@ -48,14 +49,9 @@ def _write_norms(chat_model: ChatModel) -> list[torch.Tensor]:
         return hook
 
     neurons = chat_model.neurons
-    handles = [
-        module.register_forward_hook(measure(layer, width))
-        for layer, (module, width) in enumerate(zip(neurons.down_projections, neurons.widths, strict=True))
-    ]
-    try:
-        ids = torch.tensor([chat_model.chat.prompt_ids("Hello")], device=chat_model.device)
+    ids = torch.tensor([chat_model.chat.prompt_ids("Hello")], device=chat_model.device)
+    with ExitStack() as hooks:
+        for layer, (module, width) in enumerate(zip(neurons.down_projections, neurons.widths, strict=True)):
+            hooks.enter_context(module.register_forward_hook(measure(layer, width)))
         chat_model.model(input_ids=ids, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
     return [norms[layer] for layer in range(len(norms))]

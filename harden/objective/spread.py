@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -93,14 +92,16 @@ def direct_attribution(
     stands behind the down projection (Gemma 2 and 3, OLMo 2) it is left out.
     """
     stream: list[torch.Tensor] = []
-    with ExitStack() as stack:
-        stack.enter_context(graph_from_embeddings(chat_model.model))
-        h = stack.enter_context(chat_model.neurons.read())
-        last = chat_model.neurons.blocks[-1].layer
-        handle = last.register_forward_hook(
-            lambda _m, _a, out: stream.append(out[0] if isinstance(out, tuple) else out)
-        )
-        stack.callback(handle.remove)
+    last = chat_model.neurons.blocks[-1].layer
+
+    def record(_module, _args, output) -> None:
+        stream.append(output[0] if isinstance(output, tuple) else output)
+
+    with (
+        graph_from_embeddings(chat_model.model),
+        chat_model.neurons.read() as h,
+        last.register_forward_hook(record),
+    ):
         log_odds = refusal_log_odds(chat_model.model, _batch(chat_model, prompts), phrases)
     g = torch.autograd.grad(log_odds.sum(), stream[0], retain_graph=True)[0][:, -1].detach()
     parts = []
