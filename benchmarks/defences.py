@@ -17,7 +17,7 @@ Seconds per step then say nothing.
 Prints two Markdown tables of what is finished, at first and after each cell, one row per recipe: the mean over the
 seeds and, in brackets, the least and the most; rates and the rise of perplexity in percent, benign KL in nats per
 token. All figures are of the test split, the same prompts for all seeds. Writes OUT/frontier.png: attack success
-against benign KL and over-refusal. Other plots: `harden report OUT/*/seed-0 --plots PLOTS`.
+against benign KL and over-refusal; and OUT/plots/, where the attacks on the recipes of `PLOTTED` are (first seed).
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ from harden.objective.spread import leverage_loss
 from harden.policy import SUITE_VERSION
 from harden.recipe import Recipe, load_recipe, read_overrides
 from harden.report.attacks import shown_arm
+from harden.report.page import report
+from harden.report.records import read_run
 from harden.report.tables import markdown_table
+from harden.report.writing import write_plots
 from harden.results import Mean, Record, SuiteResults, count_flips
 from harden.rounds import Run
 from harden.runfolder import RunFolder
@@ -54,6 +57,7 @@ from harden.schema import merge
 
 RECIPES = Path(__file__).parents[1] / "recipes/smollm2-135m"
 SEED = 0  # that of the brittle adapter, whose training met its train split: runs of all seeds keep to its test split
+PLOTTED = ("start", *(f"smollm2-135m-{name}" for name in ("sft", "spread-only", "hardened")))
 LEVERAGE_SIZES, LEVERAGE_PROMPTS = (-10.0, 10.0), 16
 
 
@@ -196,6 +200,16 @@ def show(done: dict[int, Cell], output: Path) -> None:
         figures.setdefault(done[number].recipe, []).append(done[number].figures)
     print(f"\n{table(figures)}", flush=True)
     draw_frontier(figures, output / "frontier.png")
+    draw_attacks(output)
+
+
+def draw_attacks(output: Path) -> None:
+    """Plots of the attacks on the recipes of `PLOTTED`, as far as they are finished in their folders."""
+    folders = {name: output / name / f"seed-{SEED}" for name in PLOTTED}
+    finished = {name: folder for name, folder in folders.items() if (folder / "attack/attack.json").exists()}
+    if len(finished) > 1:
+        runs = [read_run(folder, name.removeprefix("smollm2-135m-")) for name, folder in finished.items()]
+        write_plots(output / "plots", report(runs).figures)
 
 
 def read_cells(path: Path) -> list[Cell]:
@@ -276,12 +290,12 @@ def measure(run: Run) -> Trained:
 def figures(trained: Trained, attacked: SuiteResults) -> dict[str, float | None]:
     """Rates and the rise of perplexity in percent; benign KL in nats per token."""
     found = {"no attack": attacked.no_attack.comply.rate}
-    for report in attacked.attacks:
-        name = {"constant": "worst neuron"}.get(report.attack, report.attack)
-        found[name] = shown_arm(report).comply.rate
-        if report.attack == "constant":
-            found["worst of all clamps"] = max(arm.comply.rate for arm in report.arms)
-            found["union of clamps"] = report.union.rate
+    for each in attacked.attacks:
+        name = {"constant": "worst neuron"}.get(each.attack, each.attack)
+        found[name] = shown_arm(each).comply.rate
+        if each.attack == "constant":
+            found["worst of all clamps"] = max(arm.comply.rate for arm in each.arms)
+            found["union of clamps"] = each.union.rate
     found["over-refusal"] = attacked.over_refusal.rate
     found["benign perplexity"] = trained.perplexity_rise
     rates = {name: 100 * rate for name, rate in found.items()}

@@ -2,12 +2,14 @@
 
 import importlib.util
 import re
+import shutil
 import sys
 
 import pytest
 from conftest import ROOT
 
 from harden.attack.respond import Attempt
+from harden.attack.run import attack
 from harden.attack.search import Search
 from harden.certify.run import certify
 from harden.errors import HardenError
@@ -148,3 +150,17 @@ def test_locators_are_measured_against_an_exact_scan(monkeypatch, tmp_path, caps
         run("--truth", tmp_path / "raced")
     with pytest.raises(HardenError, match="is the truth about .*planted"):
         run("--truth", tmp_path / "truth", "--model.adapter", "elsewhere")
+
+
+def test_plots_are_drawn_from_the_records_of_attacks_alone(tmp_path, monkeypatch):
+    changes = {"output": str(tmp_path / "run"), "suite": {"attacks": ["prefill"]}, "attack": {"test_prompts": 8}}
+    attack(load_recipe(ROOT / "recipes/planted/harden.yaml", changes))
+    benchmark = loaded("defences", monkeypatch)
+    for name, plots in (("start", False), ("smollm2-135m-sft", True)):
+        records = tmp_path / "out" / name / "seed-0/attack"
+        records.mkdir(parents=True)
+        for file in ("attack.json", "recipe.yaml"):
+            shutil.copy(tmp_path / "run/attack" / file, records)
+        benchmark.draw_attacks(tmp_path / "out")
+        assert (tmp_path / "out/plots/attacks.png").exists() is plots
+    assert "sft" in (tmp_path / "out/plots/attacks.svg").read_text()
