@@ -15,8 +15,9 @@ from harden.schema import describe_keys
 INTERRUPTED = 130
 
 
-def guarded(run: Callable[[], int]) -> int:
-    """The exit code of `run`; a user's mistake or a failed measurement becomes one line on stderr."""
+def guarded(run: Callable[[], int], resumes: bool = True) -> int:
+    """The exit code of `run`; a user's mistake or a failed measurement becomes one line on stderr. resumes: whether the
+    same command goes on after an interruption."""
     try:
         return run()
     except HardenError as error:
@@ -24,7 +25,7 @@ def guarded(run: Callable[[], int]) -> int:
         print(f"harden: {'' if rank == '0' else f'process {rank}: '}error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("harden: interrupted; the same command resumes the run", file=sys.stderr)
+        print(f"harden: interrupted{'; the same command resumes the run' if resumes else ''}", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -35,7 +35,7 @@ class Recipe(Section):
     output: str
     """Run folder."""
     seed: int = 0
-    """Of everything that is drawn; with `prompts.split_seed: null` the prompts are divided by it, too."""
+    """Seeds everything that is drawn; where `prompts.split_seed` is null the prompts are divided by it, too."""
     model: ModelSection
     prompts: PromptsSection = PromptsSection()
     refusal: RefusalSection = RefusalSection()

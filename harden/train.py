@@ -1,4 +1,5 @@
-"""Harden a model: `accelerate launch harden/train.py --config recipes/... [--train.learning_rate 1e-4 ...]`.
+"""Harden a model: `harden train --config RECIPE.yaml [--train.learning_rate 1e-4 ...]`, or in several processes
+`accelerate launch harden/train.py --config RECIPE.yaml ...`.
 
 Exit codes: 0 done; 2 usage or configuration; 3 the run failed (a loss that is not finite, say); 130 interrupted.
 A run that was interrupted is resumed by the same command.

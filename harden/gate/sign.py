@@ -41,4 +41,4 @@ def main(arguments: list[str] | None = None) -> int:
             print(path)
         return 0
 
-    return guarded(command)
+    return guarded(command, resumes=False)

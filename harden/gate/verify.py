@@ -43,4 +43,4 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{options.folder}: evidence and model {how}; policy '{verdict.policy}': {verdict.outcome}")
         return 1 if options.require_pass and verdict.outcome != "pass" else 0
 
-    return guarded(command)
+    return guarded(command, resumes=False)

@@ -1,7 +1,7 @@
 """One HTML page about run folders: `harden report DIR... [--output FILE] [--plots FOLDER] [--texts]`.
 
 DIR is the output of a training run, an attack, a certificate or a gate. Several are compared side by side. The page
-needs no network and no model; of prompts it shows ids and categories.
+needs no network and no model; of prompts it shows ids and categories. Exit codes: 0 written; 2 usage.
 """
 
 from __future__ import annotations
@@ -40,4 +40,4 @@ def main(arguments: list[str] | None = None) -> int:
             print(path)
         return 0
 
-    return guarded(command)
+    return guarded(command, resumes=False)
