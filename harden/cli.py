@@ -25,6 +25,9 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, purpose) in COMMANDS.items():
         commands.add_parser(name, add_help=False, help=purpose)
+    if not sys.argv[1:]:
+        parser.print_help()
+        return 2
     arguments, rest = parser.parse_known_args()
 
     from harden.entry import guarded

@@ -103,7 +103,7 @@ def train_round(
                 "gradient_norm": norm, "utility_factors": factors,
                 "seconds": round(time.monotonic() - began, 3),
             })  # fmt: skip
-            bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()})
+            bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()}, refresh=False)
             bar.update(1)
 
 

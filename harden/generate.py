@@ -195,7 +195,7 @@ def progress_bar(total: int, label: str) -> tqdm:
         desc=label,
         disable=not processes.is_main(),
         dynamic_ncols=True,
-        leave=False,
+        leave=not seen,  # a log keeps the finished bar, on a line of its own
         mininterval=0.1 if seen else 30,
         delay=0 if seen else 30,
     )

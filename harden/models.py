@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from harden import bundled
 from harden.chat import Chat
@@ -49,6 +51,8 @@ def load_chat_model(
     Raises HardenError, with what to do, when it is missing, gated, corrupt, without chat template, or built so
     that its neurons cannot all be reached; MeasurementError where weights are not finite.
     """
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     source = str(bundled.resolve(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)

@@ -119,6 +119,8 @@ def load_policy(path: str | Path) -> ReleasePolicy:
     """
     path = Path(path)
     data = resolve_paths(read_mapping(path, "policy"), path.resolve().parent)
+    if "suite_version" not in data and {"train", "base", "model"} & data.keys():
+        raise HardenError(f"{path} is a recipe, not a policy; recipes/gate/ has policies")
     version, problems = data.get("suite_version"), []
     if isinstance(version, int) and version != SUITE_VERSION:
         problems.append(

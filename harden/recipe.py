@@ -27,6 +27,7 @@ from harden.settings.measuring import (
 from harden.settings.training import RoundsSection, SaveSection, TrainSection
 
 PROGRAM_OPTIONS = ("config", "print-config", "help-keys")  # beside the keys of the recipe
+OPTIONS_OF_OTHERS = {"keep-completions": "harden attack", "sample": "harden certify"}
 
 
 class Recipe(Section):
@@ -74,8 +75,11 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     keys (with the nearest known key), wrong types.
     """
     path = Path(path)
+    data = _read(path, ())
+    if "suite_version" in data:
+        raise HardenError(f"{path} is a policy, not a recipe: harden gate --policy {path}")
     label = f"recipe {path}{' with the options given' if overrides else ''}"
-    return validated(Recipe, merge(_read(path, ()), overrides or {}), label)
+    return validated(Recipe, merge(data, overrides or {}), label)
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
@@ -131,6 +135,8 @@ def _explain_arguments(message: str) -> str:
         return " ".join(message.split())
     if unknown[1] == "base":
         return "'base' stands in a recipe and is no option"
+    if unknown[1] in OPTIONS_OF_OTHERS:
+        return f"'--{unknown[1]}' is an option of {OPTIONS_OF_OTHERS[unknown[1]]} alone"
     of_program = difflib.get_close_matches(unknown[1], PROGRAM_OPTIONS, 1)
     nearest = of_program[0] if of_program else nearest_key(unknown[1], Recipe)
     return f"unknown option '--{unknown[1]}'" + (f"; did you mean '--{nearest}'?" if nearest else "")

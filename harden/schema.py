@@ -30,6 +30,8 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
         data = yaml.safe_load(text)
     except FileNotFoundError:
         raise HardenError(f"no such {what}: {path}") from None
+    except IsADirectoryError:
+        raise HardenError(f"{path} is a folder; give a {what} file (.yaml)") from None
     except RecursionError:
         raise HardenError(f"cannot read {what} {path}: an alias (*name) stands inside what it names") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -105,7 +107,7 @@ def nearest_key(key: str, kind: type[BaseModel]) -> str | None:
     nearest = ""
     for part in key.split("."):
         siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == nearest]
-        match = difflib.get_close_matches(part, siblings, 1, 0.5)
+        match = difflib.get_close_matches(part, siblings, 1, 0.65)
         if not match:
             break
         nearest = f"{nearest}.{match[0]}" if nearest else match[0]

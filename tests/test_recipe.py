@@ -6,6 +6,7 @@ import yaml
 
 from harden.entry import parse_recipe, recipe_parser
 from harden.errors import HardenError
+from harden.policy import load_policy
 from harden.recipe import Recipe, load_recipe, read_overrides
 
 ROOT = Path(__file__).parents[1]
@@ -141,6 +142,8 @@ def test_unknown_options_name_the_nearest():
     ("arguments", "message"),
     [
         (["--base", "x.yaml"], "'base' stands in a recipe and is no option"),
+        (["--keep-completions"], "'--keep-completions' is an option of harden attack alone"),
+        (["--thresholds", "1"], "unknown option '--thresholds'"),
         (["extra"], "'extra' belongs to no option; options begin with --"),
         (["--conf", "x.yaml"], "unknown option '--conf'; did you mean '--config'?"),
         (["--train.lora", "{rank: 2}"], "cannot read an option of 'train': give sections key by key"),
@@ -150,6 +153,15 @@ def test_options_that_cannot_be_read_say_what_can(arguments, message):
     with pytest.raises(HardenError) as raised:
         read_overrides(arguments, "test")
     assert message in str(raised.value)
+
+
+def test_a_policy_and_a_folder_are_told_from_a_recipe(tmp_path):
+    with pytest.raises(HardenError, match="is a policy, not a recipe: harden gate --policy"):
+        load_recipe(ROOT / "recipes/gate/quick.yaml")
+    with pytest.raises(HardenError, match="is a folder; give a recipe file"):
+        load_recipe(tmp_path)
+    with pytest.raises(HardenError, match="is a recipe, not a policy"):
+        load_policy(ROOT / "recipes/planted/harden.yaml")
 
 
 def test_a_recipe_without_its_option_is_told_where_it_belongs():

@@ -1,6 +1,7 @@
 """Reports: what a reader of the page finds, from records made on the planted model and by hand."""
 
 import html.parser
+import json
 import re
 import shutil
 import struct
@@ -16,7 +17,9 @@ from harden.certify.run import certify
 from harden.cli import main as cli
 from harden.planted import PLANTED_NEURON
 from harden.recipe import load_recipe
+from harden.report.columns import columns_of
 from harden.report.command import main
+from harden.report.records import read_run
 from harden.rounds import harden
 
 TINY = {
@@ -95,7 +98,7 @@ def test_a_training_run_leaves_a_report_that_shows_before_and_after(runs):
     text = (runs / "trained/report.html").read_text()
     page = Page(text)
     assert page.open == [] and page.fetched == [] and len(page.ids) == len(set(page.ids))
-    assert "No tolerance was set (selection split)" in page.text and "no neuron flips more than" in page.text
+    assert "No tolerance was set (selection split)" in page.text and "the worst neuron flips" in page.text
     assert f"{PLANTED_NEURON} clamped to" in page.text and "before" in page.words and "after" in page.words
     for figure in ("attacks", "rounds", "attribution-map", "attribution-spectrum"):
         assert figure in page.ids
@@ -105,12 +108,31 @@ def test_a_training_run_leaves_a_report_that_shows_before_and_after(runs):
 
 def test_the_page_of_an_attack_says_what_was_done_and_what_came_of_it(runs, tmp_path):
     page = Page(page_of(tmp_path, runs / "attacked"))
-    assert "not judged" in page.text and f"clamp {PLANTED_NEURON}" in page.text
+    assert "Measured (attacked); no verdict" in page.text and f"clamp {PLANTED_NEURON}" in page.text
     assert "20 test prompts" in page.text and "100.0% [83.2%, 100.0%], n=20" in page.words
     assert "with 95% confidence at most" in page.text.lower() and "1 breaks the model" in page.text
     assert set(PLOTS) <= set(page.ids)
     cards = [(runs / f"attacked/{part}/README.md").read_text() for part in ("attack", "certificate")]
     assert [text.count("seed 7, prompts divided by 0") for text in (page.text, *cards)] == [2, 1, 1]
+
+
+def test_the_page_of_a_certificate_names_the_breakers(runs, tmp_path):
+    page = Page(page_of(tmp_path, runs / "attacked"))
+    rows = page.words[page.words.index("Clamps that generated") :]
+    assert str(PLANTED_NEURON) in rows and "breaks" in rows and "scanned neurons break the model." in page.text
+
+
+def test_a_certificate_of_another_model_than_the_attack_has_a_column_of_its_own(runs, tmp_path):
+    folder = tmp_path / "mixed"
+    shutil.copytree(runs / "attacked", folder)
+    path = folder / "certificate/certificate.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"adapter": "runs/other/adapter"}))
+    suite, certificate = columns_of(read_run(folder, "mixed"), several=False)
+    assert (suite.label, certificate.label) == ("mixed: suite", "mixed: certificate")
+    assert suite.figures["model"] == "planted-neuron" and "its attack success" in suite.figures
+    assert certificate.figures["model"] == "planted-neuron + runs/other/adapter"
+    assert not any("attack success" in name for name in certificate.figures)
 
 
 def test_prompts_are_shown_by_id_and_their_texts_only_on_request(runs, tmp_path):
@@ -179,6 +201,8 @@ def test_what_cannot_be_reported_is_one_line_and_loses_nothing(runs, tmp_path, c
         (["{run}", "{other}"], "--output FILE"),
         (["{other}/nowhere"], "there is no folder"),
         (["{other}/state"], "holds no finished run"),
+        (["{run}/attack"], "; give "),
+        (["{other}/results.json"], "is no folder"),
         (["{run}", "--output", "{run}/p.html", "--plots", "{run}"], "is no plot of this report"),
     ],
 )

@@ -126,7 +126,7 @@ def test_the_certificate_of_a_hardened_model_lists_what_is_planted_in_it(finishe
 def test_the_run_ends_with_the_table(finished):
     folder, done = finished
     assert "| worst single neuron" in done.stdout and "1:17 clamped to" in done.stdout
-    assert "\nTolerance met: no neuron flips more than 0.0% [" in done.stdout
+    assert "\nTolerance met: the worst neuron flips 0.0% [" in done.stdout
     assert "runs/planted: README.md, report.html, results.json, adapter/, model/" in done.stdout
     assert {p.name for p in folder.iterdir()} == {
         "adapter", "log.jsonl", "model", "README.md", "recipe.yaml", "report.html", "results.json", "state"
@@ -228,7 +228,7 @@ def test_a_run_can_start_from_the_adapter_of_another(finished, environment, tmp_
     assert before["no_attack"]["outcomes"] == after["no_attack"]["outcomes"]
     assert before["effective_neurons"] == pytest.approx(after["effective_neurons"], rel=0.01)
     check_the_card(tmp_path / "next", environment)
-    assert "No tolerance was set; no neuron flips more than" in done.stdout
+    assert "No tolerance was set; the worst neuron flips" in done.stdout
 
 
 def test_whoever_may_read_the_card_may_read_the_weights(finished):

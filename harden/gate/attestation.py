@@ -120,6 +120,8 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if not path.parent.is_dir():
+            raise HardenError(f"there is no folder {path.parent}") from None
         raise HardenError(f"{path.parent} holds no finished gate: there is no {path.name}") from None
     except (OSError, ValueError) as error:
         raise HardenError(f"cannot read {path}: {' '.join(str(error).split())}") from None

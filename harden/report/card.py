@@ -50,13 +50,13 @@ def verdict_line(results: Results) -> str:
 def tolerance_line(results: Results, recipe: Recipe) -> str:
     """Whether the kept round meets what the recipe asks for."""
     flipped = results.rounds[results.kept_round].most_flipped
-    worst = f"no neuron flips more than {rate_text(flipped)} of the selection prompts"
+    worst = f"the worst neuron flips {rate_text(flipped)} of the selection prompts"
     if not recipe.rounds.tolerance:
         return f"No tolerance was set; {worst}."
     refused = rate_text(results.rounds[results.kept_round].selection.no_attack.refuse)
-    asked = f"asked: at most {recipe.rounds.tolerance:.0%} on the upper bound, at least {recipe.rounds.min_refusal:.0%}"
     return (
-        f"Tolerance {'met' if results.passed else 'NOT met'}: {worst}, {refused} are refused without attack ({asked})."
+        f"Tolerance {'met' if results.passed else 'NOT met'}: {worst} (allowed: {recipe.rounds.tolerance:.0%} on the "
+        f"upper bound), {refused} are refused without attack (asked for: {recipe.rounds.min_refusal:.0%})."
     )
 
 

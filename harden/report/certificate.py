@@ -62,37 +62,36 @@ def _of_layers(layers: list[int] | None) -> str:
     return f" of layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}, and of no other,"
 
 
+def suspect_rows(certificate: Certificate) -> list[tuple[str, ...]]:
+    """The clamps that generated, breakers first, below the heading."""
+    c = certificate
+    heading = (
+        "neuron", "value", "chosen", "scanned prompts flipped", "attack success, test", "degenerate", "unjudged",
+        "test prompts flipped", "",
+    )  # fmt: skip
+    return [
+        heading,
+        *(
+            (
+                s.neuron, f"{s.value:.4g}", _chosen(c, s.drawn), f"{s.scanned_flips}/{s.scanned_refused}",
+                rate_text(s.comply), rate_text(s.degenerate), str(s.unjudged.count), rate_text(s.flipped),
+                "breaks" if s.breaks else "",
+            )
+            for s in c.suspects
+        ),
+    ]  # fmt: skip
+
+
 def certificate_table(certificate: Certificate) -> str:
     """The statement, the suspects (breakers first) and how far log-odds fell, in Markdown."""
     c = certificate
     parts = [statement(c)]
     if c.suspects:
-        rows = [
-            (
-                "neuron",
-                "value",
-                "chosen",
-                "flips (scan)",
-                "attack success, test",
-                "degenerate",
-                "unjudged",
-                "flipped",
-                "",
-            )
-        ]
-        rows += [
-            (
-                s.neuron, f"{s.value:.4g}", _chosen(c, s.drawn),
-                f"{s.scanned_flips}/{s.scanned_refused}", rate_text(s.comply),
-                rate_text(s.degenerate), str(s.unjudged.count), rate_text(s.flipped),
-                "breaks" if s.breaks else "",
-            )
-            for s in c.suspects[:SHOWN]
-        ]  # fmt: skip
-        parts.append(markdown_table(rows))
+        rows = suspect_rows(c)
+        parts.append(markdown_table(rows[: SHOWN + 1]))
         if len(c.suspects) > SHOWN:
             parts.append(f"{len(c.suspects) - SHOWN} more clamps that generated are in certificate.json.")
-    others = "all others" if c.first + c.drawn == c.neurons else "drawn at random"
+    others = "drawn at random" if c.first + c.drawn < c.neurons else "all others" if c.first else "all"
     spreads = {"put first by locators": c.drops_first, others: c.drops_drawn}
     rows = [("drop of refusal log-odds at the worst value, nats", "n", "median", "90%", "99%", "largest")]
     rows += [(name, *_numbers(spread)) for name, spread in spreads.items() if spread]

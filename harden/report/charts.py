@@ -57,7 +57,9 @@ def _sweeps(run: RunRecords, several: bool) -> list[draw.Sweep]:
     if run.suite is not None and constant is not None and constant.arms:
         neuron = _clamp(constant.arms[0])[0]
         arms = {_clamp(arm)[1]: arm for arm in constant.arms if _clamp(arm)[0] == neuron}
-        sweeps.append(_sweep(f"{prefix}{neuron}, test", run.suite.no_attack, arms))
+        sweeps.append(
+            _sweep(f"{prefix}{'suite: ' if run.training is not None else ''}{neuron}, test", run.suite.no_attack, arms)
+        )
     return [sweep for sweep in sweeps if len(sweep.rates) > 2]
 
 

@@ -9,7 +9,7 @@ from harden.report.attacks import shown_arm
 from harden.report.card import summary_rows
 from harden.report.records import RunRecords
 from harden.report.tables import mean_text, rate_text
-from harden.results import AttributionRecord, Rate, SuiteResults
+from harden.results import AttributionRecord, Certificate, Rate, SuiteResults
 
 Rows = Sequence[Sequence[str]]
 
@@ -28,10 +28,18 @@ def columns_of(run: RunRecords, several: bool) -> list[Column]:
     """Those of a run folder: before and after training, and what its suite or certificate measured. several: it
     stands beside other folders, so labels have its name."""
     columns = _training_columns(run, several) if run.training is not None else []
-    if run.suite is None and run.certificate is None:
-        return columns
-    label = run.name if several or columns else run.title
-    return [*columns, _measured_column(run, f"{label}: suite" if columns else label)]
+    models = list(dict.fromkeys(filter(None, (_model_of(run.suite), _model_of(run.certificate)))))
+    for model in models:  # usually one: both parts are of the same
+        suite = run.suite if _model_of(run.suite) == model else None
+        certificate = run.certificate if _model_of(run.certificate) == model else None
+        name = run.name if several or columns or len(models) > 1 else run.title
+        label = f"{name}: {'suite' if suite else 'certificate'}" if columns or len(models) > 1 else name
+        columns.append(_measured_column(run, suite, certificate, label))
+    return columns
+
+
+def _model_of(part: SuiteResults | Certificate | None) -> tuple[str, str | None] | None:
+    return None if part is None else (part.model, part.adapter)
 
 
 def _training_columns(run: RunRecords, several: bool) -> list[Column]:
@@ -53,23 +61,25 @@ def _training_columns(run: RunRecords, several: bool) -> list[Column]:
     ]
 
 
-def _measured_column(run: RunRecords, label: str) -> Column:
-    """Of the suite, of a gate's KL and of the certificate, as far as there are any."""
+def _measured_column(
+    run: RunRecords, suite: SuiteResults | None, certificate: Certificate | None, label: str
+) -> Column:
+    """Of a suite, of a gate's KL and of a certificate, as far as there are any; both are of one model."""
     shown: dict[str, str] = {}
     attacks: dict[str, Rate] = {}
-    if run.suite is not None:
-        attacks = {"none": run.suite.no_attack.comply}
-        attacks |= {attack.attack: shown_arm(attack).comply for attack in run.suite.attacks}
-        shown |= _suite_figures(run.suite, run.recipes["suite"].seeds)
+    if suite is not None:
+        attacks = {"none": suite.no_attack.comply}
+        attacks |= {attack.attack: shown_arm(attack).comply for attack in suite.attacks}
+        shown |= _suite_figures(suite, run.recipes["suite"].seeds)
     if run.gate is not None and run.gate.benign_kl is not None:
         shown["benign KL, nats per token"] = mean_text(run.gate.benign_kl)
-    if run.certificate is not None:
-        c = run.certificate
+    if certificate is not None:
+        c = certificate
         left_out = c.neurons - c.first - c.drawn
         shown["model"] = model_name(c.model, c.adapter)
         shown["neurons that break it (certificate)"] = f"{len(c.breakers)} of {c.first + c.drawn} scanned"
         shown["missed ones, at most"] = f"{c.most_missed} of {left_out}" if left_out else "no neuron left out"
-    return Column(label, shown, attacks, run.suite.attribution if run.suite else None)
+    return Column(label, shown, attacks, suite.attribution if suite else None)
 
 
 def _suite_figures(suite: SuiteResults, seeds: str) -> dict[str, str]:

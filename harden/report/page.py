@@ -17,7 +17,7 @@ from harden.recipe import Recipe
 from harden.report import figures as draw
 from harden.report.attacks import agreement_text, attack_rows, concept_rows, shown_arm, test_prompts
 from harden.report.card import tolerance_line, verdict_line
-from harden.report.certificate import statement
+from harden.report.certificate import statement, suspect_rows
 from harden.report.charts import attack_figures, attribution_figures
 from harden.report.columns import Rows, columns_of, comparison, model_name, unlike
 from harden.report.judges import judge_note
@@ -122,8 +122,12 @@ def _banners(run: RunRecords) -> list[Banner]:
         words = {"none": "No tolerance was set", "pass": "Tolerance met", "fail": "Tolerance not met"}[outcome]
         lines = [verdict_line(run.training), tolerance_line(run.training, recipe)]
         return [Banner(run.name, outcome, f"{words} (selection split)", lines)]
+    reasons = ["No policy was applied: see harden gate."]
+    if run.certificate is not None:
+        c = run.certificate
+        reasons.insert(0, f"{len(c.breakers)} of {c.first + c.drawn} scanned neurons break the model.")
     what = "attacked" if run.suite is not None else "certified"
-    return [Banner(run.name, "none", f"Measured ({what}), not judged", ["No policy was applied: see harden gate."])]
+    return [Banner(run.name, "none", f"Measured ({what}); no verdict", reasons)]
 
 
 # -- one run after the other -------------------------------------------------------------------------------------------
@@ -144,14 +148,25 @@ def _details(run: RunRecords, drawn: dict[str, Figure], place: int, several: boo
         if run.suite.concepts:
             sections.append(Section(headed("concepts"), rows=concept_rows(run.suite)))
     if run.certificate is not None:
-        sections.append(Section(headed("certificate"), [statement(run.certificate)]))
-        if run.certificate.largest_drops:
+        c = run.certificate
+        about = f"{model_name(c.model, c.adapter)}, scanned by harden {c.harden_version}."
+        sections.append(Section(headed("certificate"), [about, statement(c)]))
+        if c.suspects:
+            note = "On test prompts; those that break the model first. Shares are over the prompts that each clamp met."
+            sections.append(Section(headed("clamps that generated"), [note], suspect_rows(c), folded=True))
+        if c.largest_drops:
+            scanned, shown = c.first + c.drawn, len(c.largest_drops)
             caption = (
-                f"The {len(run.certificate.largest_drops)} of {run.certificate.first + run.certificate.drawn} scanned "
-                "neurons whose refusal log-odds fall most at their worst value: means over the selection prompts that "
-                "each clamp met, exactly computed."
+                f"{model_name(c.model, c.adapter)}: the "
+                + (f"{shown} of {scanned} scanned neurons" if shown < scanned else f"{scanned} scanned neurons")
+                + (
+                    " whose refusal log-odds fall most at their"
+                    if shown < scanned
+                    else " and how far log-odds fall at their"
+                )
+                + " worst value: means over the selection prompts that each clamp met, exactly computed."
             )
-            figure = draw.drop_map(run.certificate)
+            figure = draw.drop_map(c)
             sections += _drawn(headed("exact drops"), [(f"drops{tag}", caption, figure)], drawn)
     if run.training is not None and len(run.training.rounds) > 1:
         measured = [record.selection for record in run.training.rounds]

@@ -38,7 +38,7 @@ class RunRecords:
 def read_run(folder: Path, name: str) -> RunRecords:
     """The records in a folder. Raises HardenError where it holds no finished run, or one that cannot be read."""
     if not folder.is_dir():
-        raise HardenError(f"there is no folder {folder}")
+        raise HardenError(f"{folder} is no folder" if folder.exists() else f"there is no folder {folder}")
     if (folder / "verdict.json").exists():
         gate = read_finished(folder / "results.json", GateResults)
         recipe = _recipe(folder)
@@ -63,9 +63,10 @@ def read_run(folder: Path, name: str) -> RunRecords:
     suite = read("suite", folder / "attack/attack.json", SuiteResults)
     certificate = read("certificate", folder / "certificate/certificate.json", Certificate)
     if not recipes:
+        inside = (folder / f"{folder.name}.json").exists()  # attack/ or certificate/ itself was given
         raise HardenError(
             f"{folder} holds no finished run: there is no results.json, attack/attack.json or "
-            "certificate/certificate.json in it"
+            f"certificate/certificate.json in it{f'; give {folder.parent}' if inside else ''}"
         )
     return RunRecords(name, recipes, training, suite, certificate)
 
