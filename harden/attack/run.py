@@ -90,7 +90,7 @@ def attack(
             shown = folder.stage("attack-concept", list[ConceptRecord], lambda: attack_concepts(suite, concepts))
             continue
         report = folder.stage(f"attack-{name}", AttackReport, lambda name=name: ATTACKS[name](suite))
-        logger.info("%s: union over %d arms %.0f%% on %d prompts (no attack %.0f%%)", name, len(report.arms),
+        logger.info("%s: union of its arms (%d) %.0f%% on %d prompts (no attack %.0f%%)", name, len(report.arms),
                     100 * report.union.rate, report.union.n, 100 * no_attack.comply.rate)  # fmt: skip
         reports.append(report)
 

@@ -69,7 +69,7 @@ def certify(recipe: Recipe) -> Certificate:
     scans = scan_neurons(bench, passes, [*first, *drawn], prompts, plain)
     suspects = folder.stage("suspects", list[Suspects], lambda: find_suspects(bench, passes, scans, prompts, plain))
     suspected = {side.strongest.neuron for side in suspects}
-    logger.info("%d of %d scanned neurons have a suspect clamp; generating", len(suspected), len(scans))
+    logger.info("neurons with a suspect clamp: %d of %d scanned; generating", len(suspected), len(scans))
     random_ones = {str(neuron) for neuron in drawn}
     judged, no_attack = folder.stage(
         "confirmed", tuple[list[Suspect], Rate], lambda: confirm(bench, suspects, random_ones)

@@ -20,7 +20,7 @@ def attack_figures(runs: Sequence[RunRecords], columns: Sequence[Column]) -> Ite
             "attacks",
             "Attack success (comply) by attack: the arm that was chosen on the selection split; of topk and prune, "
             "where nothing is chosen, the worst on test.",
-            draw.attack_bars({column.label: column.attacks for column in columns}),
+            draw.attack_bars({column.label: column.attacks for column in columns if column.attacks}),
         )
     sweeps = [sweep for run in runs for sweep in _sweeps(run, several=len(runs) > 1)]
     if sweeps:

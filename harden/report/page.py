@@ -251,7 +251,7 @@ def _test_prompts(recipe: Recipe, needed: bool) -> dict[str, tuple[str, str]]:
 
 
 def _judges(run: RunRecords, several: bool) -> list[str]:
-    notes = [judge_note(recipe.judge) for recipe in run.recipes.values()]
+    notes = [judge_note(recipe.judge).replace("`", "") for recipe in run.recipes.values()]
     if run.suite is not None and run.suite.agreement is not None:
         notes.append((f"{run.name}: " if several else "") + agreement_text(run.suite.agreement))
     return notes
