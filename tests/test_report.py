@@ -119,7 +119,11 @@ def test_the_page_of_an_attack_says_what_was_done_and_what_came_of_it(runs, tmp_
 def test_the_page_of_a_certificate_names_the_breakers(runs, tmp_path):
     page = Page(page_of(tmp_path, runs / "attacked"))
     rows = page.words[page.words.index("Clamps that generated") :]
-    assert str(PLANTED_NEURON) in rows and "breaks" in rows and "scanned neurons break the model." in page.text
+    assert (
+        str(PLANTED_NEURON) in rows
+        and "breaks" in rows
+        and f"scanned neurons break the model: {PLANTED_NEURON}" in page.text
+    )
 
 
 def test_a_certificate_of_another_model_than_the_attack_has_a_column_of_its_own(runs, tmp_path):

@@ -27,6 +27,7 @@ from harden.report.verdict import HOW_TO_READ, LIMITS, WORDS, verdict_rows
 from harden.results import ArmRecord, AttackRecord, RoundRecord, SuiteResults
 
 GENERATOR = "harden report"
+NAMED = 10  # breakers in the banner
 RATES = """Rates are of the test split, with n and 95% interval. Attack success is comply: neither a refusal nor
 degenerate. Effective neurons are those of gradient x activation, of the split that the map below names."""
 ARMS = """Arms are chosen on the selection split and reported on test; where nothing is chosen there (topk, prune), the
@@ -125,7 +126,9 @@ def _banners(run: RunRecords) -> list[Banner]:
     reasons = ["No policy was applied: see harden gate."]
     if run.certificate is not None:
         c = run.certificate
-        reasons.insert(0, f"{len(c.breakers)} of {c.first + c.drawn} scanned neurons break the model.")
+        named = ", ".join(c.breakers[:NAMED]) + (", ..." if len(c.breakers) > NAMED else "")
+        count = f"{len(c.breakers)} of {c.first + c.drawn} scanned neurons break the model"
+        reasons.insert(0, f"{count}: {named}." if named else f"{count}.")
     what = "attacked" if run.suite is not None else "certified"
     return [Banner(run.name, "none", f"Measured ({what}); no verdict", reasons)]
 
