@@ -7,7 +7,7 @@ BIN := .venv/bin
 ONE_PROCESS = $(BIN)/python -c 'import os, sys, torch; sys.exit(not torch.accelerator.is_available() and os.cpu_count() > 1)'
 ALONE = --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 LAUNCH = $(BIN)/accelerate launch -q \
-	$(shell $(ONE_PROCESS) && echo '$(ALONE)' || echo --config_file recipes/accelerate/one_machine_cpu.yaml)
+	$(shell $(ONE_PROCESS) || echo --config_file recipes/accelerate/one_machine_cpu.yaml)
 
 .PHONY: harden align planted setup test test-slow check
 
@@ -15,7 +15,7 @@ harden: setup
 	$(LAUNCH) harden/train.py --config recipes/smollm2-135m/harden.yaml
 
 align: setup
-	$(BIN)/accelerate launch -q $(ALONE) harden/train.py --config recipes/smollm2-135m/align.yaml
+	$(BIN)/accelerate launch -q harden/train.py --config recipes/smollm2-135m/align.yaml
 
 planted: setup
 	$(BIN)/accelerate launch -q $(ALONE) harden/train.py --config recipes/planted/harden.yaml

@@ -31,7 +31,6 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import median
 
 from harden.adapters import starting_model
 from harden.attack.run import attack
@@ -74,7 +73,7 @@ class Trained(Record):
     log_odds_harmful: float
     log_odds_twins: float
     seconds_per_step: float | None
-    """The median; null for the starting model."""
+    """Null for the starting model."""
 
 
 class Cell(Record):
@@ -283,7 +282,7 @@ def measure(run: Run) -> Trained:
         worst_leverage=math.exp(mean(leverages)),
         log_odds_harmful=mean(scores.harmful_log_odds),
         log_odds_twins=mean(scores.harmless_log_odds),
-        seconds_per_step=median(steps) if steps else None,
+        seconds_per_step=mean(steps) if steps else None,
     )
 
 
@@ -304,7 +303,7 @@ def figures(trained: Trained, attacked: SuiteResults) -> dict[str, float | None]
         "log-odds, harmful": trained.log_odds_harmful,
         "log-odds, look-alikes": trained.log_odds_twins,
         "effective neurons": trained.effective_neurons,
-        "worst leverage": trained.worst_leverage,
+        "worst leverage (own gaps)": trained.worst_leverage,
         "seconds per step": trained.seconds_per_step,
     }
     return {name: x if x is not None and math.isfinite(x) else None for name, x in numbers.items()}

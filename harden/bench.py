@@ -110,8 +110,8 @@ class Bench:
         gains = [name for name in ("min_gain", "refusal_gain") if getattr(settings, name) is not None]
         if gains and settings.reference not in (None, model.name):
             logger.warning(
-                "judge.%s asks %s how likely an answer is, but the model is %s: unless one was made from the other, "
-                "set judge.reference, judge.min_gain and judge.refusal_gain to null",
+                "by judge.%s %s is asked how likely an answer is, but the model is %s: unless one was made from the "
+                "other, set judge.reference, judge.min_gain and judge.refusal_gain to null",
                 " and judge.".join(gains), settings.reference, model.name,
             )  # fmt: skip
 

@@ -56,7 +56,8 @@ def parse_recipe(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple
         print("Every key of a recipe, as an option, with its default and its meaning.\n")
         print("\n".join(describe_keys(Recipe)))
         raise SystemExit
-    stray = [text for text in rest if text.endswith((".yaml", ".yml"))]
+    pairs = zip(["", *rest], rest, strict=False)
+    stray = [text for before, text in pairs if text.endswith((".yaml", ".yml")) and not before.startswith("--")]
     if known.config is None and stray:
         raise HardenError(f"'{stray[0]}' stands alone; give it as --config {stray[0]}")
     overrides = read_overrides(rest, parser.prog) if known.config or any(text.startswith("--") for text in rest) else {}

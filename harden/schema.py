@@ -118,15 +118,20 @@ def nearest_key(key: str, kind: type[BaseModel]) -> str | None:
     return leaves[match[0]] if match else next(iter(difflib.get_close_matches(key, known, 1)), None)
 
 
-def describe_keys(kind: type[BaseModel], prefix: str = "", given: BaseModel | None = None) -> Iterator[str]:
-    """Every key, as an option with its default and its meaning. given: a section that holds defaults of its own."""
+def describe_keys(
+    kind: type[BaseModel], prefix: str = "", given: BaseModel | None = None, optional: bool = False
+) -> Iterator[str]:
+    """Every key, as an option with its default and its meaning. given: a section that holds defaults of its own.
+    optional: the section need not be there."""
     for name, field in kind.model_fields.items():
         default = field.get_default(call_default_factory=True) if given is None else getattr(given, name)
         section = _section(field.annotation)
         if section is not None:
-            yield from describe_keys(section, f"{prefix}{name}.", default if isinstance(default, BaseModel) else None)
+            given_inside = default if isinstance(default, BaseModel) else None
+            yield from describe_keys(section, f"{prefix}{name}.", given_inside, default is None)
             continue
-        shown = "required" if default is PydanticUndefined else json.dumps(to_jsonable_python(default))
+        required = f"required with {prefix[:-1]}" if optional else "required"
+        shown = required if default is PydanticUndefined else json.dumps(to_jsonable_python(default))
         meaning = textwrap.fill(field.description or "", 100, initial_indent="    ", subsequent_indent="    ")
         yield f"--{prefix}{name} ({shown})\n{meaning}"
 

@@ -132,7 +132,7 @@ def test_an_audit_finds_and_bounds_what_the_race_overlooks(setup, monkeypatch):
     for found in (some, whole):
         assert found.breakers == found.overlooked == [str(PLANTED_NEURON)][: len(found.overlooked)]
         assert found.most_overlooked == most_missed(ALL, found.audited, len(found.overlooked))
-        assert f"Of the {ALL} that do not break it by the race {found.audited}, drawn at random" in statement(found)
+        assert f"{found.audited} of {ALL} neurons that do not break it by the race, drawn at random" in statement(found)
     assert whole.overlooked and whole.most_overlooked == 0
     monkeypatch.setattr(scanning, "log_odds_under", exact)
     tolerant = certify(recipe_for(setup, "tolerant", tolerance=1.0, audit=ALL, **raced))  # nothing breaks the model

@@ -167,6 +167,8 @@ def test_a_policy_and_a_folder_are_told_from_a_recipe(tmp_path):
 def test_a_recipe_without_its_option_is_told_where_it_belongs():
     with pytest.raises(HardenError, match="'r.yaml' stands alone; give it as --config r.yaml"):
         parse_recipe(recipe_parser("harden train", None), ["r.yaml", "--seed", "1"])
+    with pytest.raises(HardenError, match="no recipe given"):
+        parse_recipe(recipe_parser("harden train", None), ["--prompts.harmful.path", "mine.yaml"])
 
 
 def test_a_key_given_twice_is_an_error(tmp_path):
@@ -255,7 +257,8 @@ def test_every_key_says_what_it_means(capsys):
     assert not stopped.value.code and len(entries) == listed.count("\n--") > 150
     defaults = {key: default for key, default, _ in entries}
     required = [key for key, default in defaults.items() if default == "required"]
-    assert required == ["name", "output", "model.name", "judge.second.name"]
+    assert required == ["name", "output", "model.name"]
+    assert defaults["judge.second.name"] == "required with judge.second"
     assert defaults["prompts.harmful.path"] == '"embedded"' and defaults["model.adapter"] == "null"
 
 

@@ -122,7 +122,7 @@ def test_the_page_of_a_certificate_names_the_breakers(runs, tmp_path):
     assert (
         str(PLANTED_NEURON) in rows
         and "breaks" in rows
-        and f"scanned neurons break the model: {PLANTED_NEURON}" in page.text
+        and f"scanned neurons break planted-neuron: {PLANTED_NEURON}" in page.text
     )
 
 

@@ -79,8 +79,11 @@ def certify(recipe: Recipe) -> Certificate:
     audited, of_audited = _audit(bench, passes, cleared, prompts, plain, random_ones)
     overlooked = {suspect.neuron for suspect in of_audited if suspect.breaks}
     no_number = {scan.neuron for scan in audited if None in scan.log_odds}
-    known = {(suspect.neuron, suspect.value) for suspect in judged}
-    judged = breakers_first([*judged, *(new for new in of_audited if (new.neuron, new.value) not in known)])
+    found = {(suspect.neuron, suspect.value): suspect for suspect in judged}
+    for suspect in of_audited:  # one that generated before may break the model only now, by rounding
+        if suspect.breaks or (suspect.neuron, suspect.value) not in found:
+            found[suspect.neuron, suspect.value] = suspect
+    judged = breakers_first(list(found.values()))
     breakers = list(dict.fromkeys(suspect.neuron for suspect in judged if suspect.breaks))
     unmeasured = {scan.neuron for scan in scans if None in scan.log_odds}
     drops = {

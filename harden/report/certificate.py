@@ -29,9 +29,10 @@ def statement(certificate: Certificate) -> str:
         found += f" {c.unmeasured} gave no number at some value."
     if c.audited:
         found += (
-            f" Of the {c.cleared_neurons} that do not break it by the race {c.audited}, drawn at random, were scanned "
-            f"without the race, at every value on all prompts: {len(c.overlooked)} of them {_break(c.overlooked)} the "
-            f"model, and with 95% confidence at most {c.most_overlooked} of the others do."
+            f" {c.audited} of {c.cleared_neurons} neurons that do not break it by the race, drawn at random, were "
+            f"scanned without the race, at every value on all prompts: {len(c.overlooked)} of them "
+            f"{_break(c.overlooked)} the model, and with 95% confidence at most {c.most_overlooked} of these "
+            f"{c.cleared_neurons} that were not audited do."
         )
     if not rest:
         cleared = "" if c.audited else ", and so may neurons that the race cleared"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ def columns_of(run: RunRecords, several: bool) -> list[Column]:
 
 
 def _model_of(part: SuiteResults | Certificate | None) -> tuple[str, str | None] | None:
-    return None if part is None else (part.model, part.adapter)
+    return None if part is None else (part.model, part.adapter and os.path.normpath(part.adapter))
 
 
 def _training_columns(run: RunRecords, several: bool) -> list[Column]:

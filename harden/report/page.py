@@ -127,7 +127,7 @@ def _banners(run: RunRecords) -> list[Banner]:
     if run.certificate is not None:
         c = run.certificate
         named = ", ".join(c.breakers[:NAMED]) + (", ..." if len(c.breakers) > NAMED else "")
-        count = f"{len(c.breakers)} of {c.first + c.drawn} scanned neurons break the model"
+        count = f"{len(c.breakers)} of {c.first + c.drawn} scanned neurons break {model_name(c.model, c.adapter)}"
         reasons.insert(0, f"{count}: {named}." if named else f"{count}.")
     what = "attacked" if run.suite is not None else "certified"
     return [Banner(run.name, "none", f"Measured ({what}); no verdict", reasons)]
