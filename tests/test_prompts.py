@@ -56,11 +56,18 @@ def test_splits_are_disjoint_stratified_and_keep_pairs_together(seed):
 
 
 def test_a_run_of_another_seed_may_keep_to_the_same_split():
-    recipe = load_recipe(RECIPE)
-    other = load_recipe(RECIPE, {"seed": 5})
-    kept = load_recipe(RECIPE, {"seed": 5, "prompts": {"split_seed": recipe.seed}})
+    recipe, other, kept = (
+        load_recipe(RECIPE, {"seed": seed, "prompts": {"split_seed": split_seed}})
+        for seed, split_seed in ((0, None), (5, None), (5, 0))
+    )
     splits, others, same = (load_splits(*r.division()) for r in (recipe, other, kept))
     assert same == splits and others["test"].harmful != splits["test"].harmful
+
+
+@pytest.mark.parametrize("path", sorted(RECIPE.parent.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_no_seed_tests_the_brittle_adapter_on_its_training_prompts(path):
+    seeds = [load_recipe(path, {"seed": seed}).division()[-1] for seed in (0, 5)]
+    assert seeds == [0, 0]
 
 
 def test_the_seed_changes_the_splits_and_nothing_else_does():
