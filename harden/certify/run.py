@@ -68,8 +68,8 @@ def certify(recipe: Recipe) -> Certificate:
     prompts, plain = [prompts[place] for place in easiest], [plain[place] for place in easiest]
     scans = scan_neurons(bench, passes, [*first, *drawn], prompts, plain)
     suspects = folder.stage("suspects", list[Suspects], lambda: find_suspects(bench, passes, scans, prompts, plain))
-    suspected = {side.strongest.neuron for side in suspects}
-    logger.info("neurons with a suspect clamp: %d of %d scanned; generating", len(suspected), len(scans))
+    suspected = len({side.strongest.neuron for side in suspects})
+    logger.info("neurons with a suspect clamp: %d of %d scanned; generating", suspected, len(scans))
     random_ones = {str(neuron) for neuron in drawn}
     judged, no_attack = folder.stage(
         "confirmed", tuple[list[Suspect], Rate], lambda: confirm(bench, suspects, random_ones)

@@ -159,15 +159,12 @@ def _details(run: RunRecords, drawn: dict[str, Figure], place: int, several: boo
             sections.append(Section(headed("clamps that generated"), [note], suspect_rows(c), folded=True))
         if c.largest_drops:
             scanned, shown = c.first + c.drawn, len(c.largest_drops)
+            which = f"all {scanned} scanned neurons"
+            if shown < scanned:
+                which = f"the {shown} of {scanned} scanned neurons whose log-odds fall most"
             caption = (
-                f"{model_name(c.model, c.adapter)}: the "
-                + (f"{shown} of {scanned} scanned neurons" if shown < scanned else f"{scanned} scanned neurons")
-                + (
-                    " whose refusal log-odds fall most at their"
-                    if shown < scanned
-                    else " and how far log-odds fall at their"
-                )
-                + " worst value: means over the selection prompts that each clamp met, exactly computed."
+                f"How far refusal log-odds of {model_name(c.model, c.adapter)} fall at each neuron's worst value, "
+                f"{which}: means over the selection prompts that each clamp met, exactly computed."
             )
             figure = draw.drop_map(c)
             sections += _drawn(headed("exact drops"), [(f"drops{tag}", caption, figure)], drawn)
