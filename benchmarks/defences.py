@@ -9,7 +9,8 @@ recipe change all of them alike, the suite's too. Everything is a run folder OUT
 interrupted, and is read again when it is complete; OUT/start/seed-0 is the model before.
 
 The figures of a finished cell are added to --cells (OUT/cells.jsonl), and a cell that is there is not run: that file is
-all that must be kept to go on elsewhere.
+all that must be kept to go on elsewhere. Those of docs/method.md, made with --model.dtype bfloat16, are in
+benchmarks/measured/defences.jsonl.
 
 --jobs N trains and attacks so many at once, each in a process of its own: a small model leaves most of a GPU idle.
 Seconds per step then say nothing.
@@ -26,8 +27,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -334,7 +337,9 @@ def table(cells: dict[str, list[dict[str, float | None]]]) -> str:
 
 
 def draw_frontier(cells: dict[str, list[dict[str, float | None]]], path: Path) -> None:
-    """Attack success of the worst clamp against what the defence costs: a small dot per seed, a large one: the mean."""
+    """Attack success of the worst clamp against what the defence costs: a small dot per seed, a large one: the mean.
+
+    Recipes that differ in how much they hold benign KL alone, `X` and `X-more-kl`, say, are joined by a line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -342,6 +347,7 @@ def draw_frontier(cells: dict[str, list[dict[str, float | None]]], path: Path) -
 
     costs = {"benign KL": "benign KL (nats per token)", "over-refusal": "over-refusal (%)"}
     figure, panels = pyplot.subplots(1, len(costs), figsize=(9, 4.2), dpi=150, layout="constrained", sharey=True)
+    lines = defaultdict(list)  # by panel and recipe, whatever its hold on benign KL
     for number, (name, rows) in enumerate(cells.items()):
         style = {"color": f"C{number % 10}", "marker": "os^"[number // 10 % 3]}
         for axes, cost in zip(panels, costs, strict=True):
@@ -349,6 +355,9 @@ def draw_frontier(cells: dict[str, list[dict[str, float | None]]], path: Path) -
             x, y = [row[cost] for row in known], [row["worst of all clamps"] for row in known]
             axes.scatter(x, y, s=12, alpha=0.5, **style)
             axes.scatter(mean(x), mean(y), s=60, label=name, **style)
+            lines[axes, re.sub("-(less|more)-kl$", "", name)].append((mean(x), mean(y)))
+    for (axes, _), points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), color="gray", linewidth=0.8, zorder=0)
     for axes, label in zip(panels, costs.values(), strict=True):
         axes.set_xlabel(label)
         axes.set_ylim(-2, 102)
