@@ -339,7 +339,8 @@ def table(cells: dict[str, list[dict[str, float | None]]]) -> str:
 def draw_frontier(cells: dict[str, list[dict[str, float | None]]], path: Path) -> None:
     """Attack success of the worst clamp against what the defence costs: a small dot per seed, a large one: the mean.
 
-    Recipes that differ in how much they hold benign KL alone, `X` and `X-more-kl`, say, are joined by a line."""
+    Recipes that differ in how much they hold benign KL alone, `X` and `X-more-kl`, say, are joined by a line.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
