@@ -270,7 +270,7 @@ class Results(Record):
 
 
 class NeuronScan(Record):
-    """Exact effects of clamping one neuron at each value, less the inner ones of a side whose outermost is quiet."""
+    """Exact effects of clamping one neuron at each value, less those of a side that are smaller than a quiet one."""
 
     neuron: str
     values: list[float]
@@ -348,12 +348,21 @@ class Certificate(Record):
     cleared: float
     """The share of each of their log-odds that had to be left to clear it."""
     quiet: float | None = None
-    """Where the outermost value of a side moved the log-odds of no prompt that it met by more than this share of their
-    size, the other values of its side were left out; null: none was."""
+    """Where a value moved the log-odds of no prompt that it met by more than this share of their size, the smaller ones
+    of its side were left out; null: none was."""
     clamps: int | None = None
     """Pairs of a neuron and a value that were scanned; null in records of versions that did not count them."""
     raced: int
     """Scanned neurons all of whose clamps were decided there."""
+    flipping: int | None = None
+    """Scanned neurons that flip a scanned prompt at some value; null in records of versions that did not count them."""
+    unfollowed: int = 0
+    """Those of them that were not followed: smaller values of a side that flips a prompt were not scanned, and none of
+    their clamps was asked for coherence or generated with."""
+    least_unfollowed: int = 0
+    """With 95% confidence, at least so many of these break the model by the same test, and"""
+    most_unfollowed: int = 0
+    """at most so many: those that were followed were drawn at random."""
     halvings: int = 0
     """How often the gap below a value that flips prompts and is gibberish was halved in search of one that is not."""
     confirm_first: int
@@ -376,7 +385,8 @@ class Certificate(Record):
     """With 95% confidence, at most so many of these neurons that were not audited break the model by a test
     without the scan's race. Audited ones whose log-odds are no number at some value count as breaking."""
     unmeasured: int
-    """Scanned neurons whose log-odds are no number at some value; drawn ones count as breaking in the bound."""
+    """Scanned neurons whose log-odds are no number at some value; drawn ones count as breaking in the bound, and so do
+    those that were not followed."""
     most_missed: int
     """With 95% confidence, at most so many of the neurons that were not scanned break the model by the same test."""
     drops_first: Spread | None
@@ -388,19 +398,28 @@ class Certificate(Record):
     seconds: float
 
 
-def most_missed(population: int, drawn: int, found: int) -> int:
-    """Upper 95% bound (exact, hypergeometric) of the marked ones left in `population`, not counting those found.
+def most_missed(population: int, drawn: int, found: int, confidence: float = CONFIDENCE) -> int:
+    """Upper bound (exact, hypergeometric) of the marked ones left in `population`, not counting those found.
 
     `drawn` of the population were looked at, drawn at random without replacement, and `found` of them were marked.
     """
     low, high = found, population - drawn + found  # marked ones in the population: as few, and as many, as can be
     while low < high:
         middle = (low + high + 1) // 2
-        if stats.hypergeom.cdf(found, population, middle, drawn) >= 1 - CONFIDENCE:
+        if stats.hypergeom.cdf(found, population, middle, drawn) >= 1 - confidence:
             low = middle
         else:
             high = middle - 1
     return low - found
+
+
+def marked_between(population: int, drawn: int, found: int) -> tuple[int, int]:
+    """95% interval (exact, hypergeometric) of the marked ones left in `population`; arguments as of `most_missed`."""
+    confidence = (1 + CONFIDENCE) / 2
+    left = population - drawn
+    return left - most_missed(population, drawn, drawn - found, confidence), most_missed(
+        population, drawn, found, confidence
+    )
 
 
 def mcnemar(attacked: Mapping[str, str], plain: Mapping[str, str]) -> float:

@@ -10,7 +10,7 @@ from harden.adapters import attach_adapter, trained_parameters
 from harden.attack import respond, screen
 from harden.attack.records import Records
 from harden.attack.respond import Responder, likelihoods
-from harden.attack.screen import Probe, Screened, choose_for_generation, outermost_first, screen_clamps
+from harden.attack.screen import Probe, Screened, choose_for_generation, is_quiet, outermost_first, screen_clamps
 from harden.attack.search import search_worst_neuron
 from harden.errors import MeasurementError
 from harden.generate import Completion, Request, answer_losses, complete, mean
@@ -93,7 +93,7 @@ def outermost(odds_of, sizes, quiet, plain=(2.0, 4.0)):
         return {clamp: odds_of(clamp.value) for clamp in clamps}
 
     values = [{Clamp(Neuron(0, index), size): size for size in sizes} for index in (0, 1)]
-    odds = outermost_first(values, measure, plain, quiet)
+    odds = outermost_first(values, measure, lambda odds: not is_quiet(odds, plain, quiet))
     assert list(odds) == [clamp for each in values for clamp in each if clamp in odds]
     assert len(odds) == sum(map(len, asked))
     return asked
@@ -106,7 +106,9 @@ def test_values_inside_a_quiet_one_of_their_sign_are_left_out():
     sizes = [-8.0, 16.0, -16.0, 8.0, 32.0]
     assert outermost(loud_below, sizes, 0.1) == [[32.0, -16.0] * 2, [-8.0] * 2]
     assert outermost(loud_below, sizes, 0.2) == [[32.0, -16.0] * 2]
-    assert outermost(loud_below, sizes, None) == [[32.0, -16.0] * 2, [16.0, 8.0, -8.0] * 2]
+    assert outermost(loud_below, sizes, None) == [[32.0, -16.0] * 2, [16.0, -8.0] * 2, [8.0] * 2]
+    loud_outside = lambda value: [2.0, 4.0] if value < 30 else [1.0, 4.0]  # noqa: E731
+    assert outermost(loud_outside, sizes, 0.1) == [[32.0, -16.0] * 2, [16.0] * 2]
     assert outermost(loud_below, [4.0], 0.1) == [[4.0] * 2]
 
 
@@ -141,11 +143,11 @@ def test_inner_and_outer_are_told_by_how_far_a_value_is_beyond_the_harmless_mean
     """All values are positive here, and lie on both sides of a mean of 10."""
     asked, clamps = [], {Clamp(Neuron(0, 0), value): value - 10.0 for value in (4.0, 8.0, 11.0, 30.0)}
     measure = lambda part: asked.append([clamp.value for clamp in part]) or {clamp: [1.0] for clamp in part}  # noqa: E731
-    outermost_first([clamps], measure, [1.0], 0.1)
+    outermost_first([clamps], measure, lambda odds: odds[0] < 1)
     assert asked == [[30.0, 4.0]]
     asked.clear()
     loud = lambda part: measure(part) and {clamp: [1.0 if clamp.value > 10 else 0.2] for clamp in part}  # noqa: E731
-    outermost_first([clamps], loud, [1.0], 0.1)
+    outermost_first([clamps], loud, lambda odds: odds[0] < 1)
     assert asked == [[30.0, 4.0], [8.0]]
 
 

@@ -25,8 +25,8 @@ from harden.interventions import NOTHING
 from harden.judges.agreement import Verdict
 from harden.planted import PLANTED_NEURON
 from harden.recipe import Recipe, load_recipe
-from harden.report.certificate import certificate_table, statement
-from harden.results import Certificate, NeuronScan, most_missed
+from harden.report.certificate import certificate_card, certificate_table, statement
+from harden.results import Certificate, NeuronScan, marked_between, most_missed
 from harden.runfolder import RunFolder
 
 ALL = 96  # neurons of the planted model
@@ -149,6 +149,45 @@ def test_what_no_multiple_of_a_gap_reaches_is_found_at_a_share_of_the_stream(set
     assert str(PLANTED_NEURON) in strong.breakers and strong.strengths == [0.5]
     page = (setup / "strong/certificate/README.md").read_text()
     assert "3 values (sizes -1; ±0.5 of the residual stream's norm)" in page
+
+
+@pytest.fixture(scope="module")
+def loud(setup):
+    """All neurons at values that flip many prompts, and the same with few of the neurons followed."""
+    values = {"sample": None, "sizes": [-2, 2], "strengths": [0.5, 1, 2], "race_prompts": 4}
+    return [certify(recipe_for(setup, f"loud-{follow}", **values, follow=follow)) for follow in (None, 8, ALL)]
+
+
+def test_of_many_neurons_that_flip_a_prompt_few_are_followed_and_bound_the_others(loud, setup):
+    every, few, again = loud
+    assert (every.flipping, every.unfollowed, every.least_unfollowed, every.most_unfollowed) == (ALL, 0, 0, 0)
+    assert (few.flipping, few.unfollowed) == (ALL, ALL - 8) and few.clamps < every.clamps / 2
+    found = set(few.breakers)
+    assert 0 < len(found) < 8 and found < set(every.breakers)
+    assert few.cleared_neurons == 8 - len(found)  # of the others nobody knows
+    assert 0 < few.least_unfollowed <= len(set(every.breakers) - found) <= few.most_unfollowed < ALL - 8
+    assert f"{ALL} flip one at some value; 8 of them, drawn at random, were followed: " in statement(few)
+    assert f"{few.least_unfollowed} to {few.most_unfollowed} of the {ALL - 8} others" in statement(few)
+    assert "followed" not in statement(every) and "were not followed" in certificate_card(few, recipe_for(setup, ""))
+    assert again.unfollowed == 0 and (again.breakers, again.clamps) == (every.breakers, every.clamps)
+
+
+def test_a_neuron_that_is_named_is_followed_and_says_nothing_of_the_others(setup, loud):
+    every = loud[0]
+    named = next(neuron for neuron in every.breakers if neuron not in loud[1].breakers)
+    recipe = recipe_for(setup, "named", sample=None, sizes=[-2, 2], strengths=[0.5, 1, 2], race_prompts=4, follow=8)
+    found = certify(recipe.model_copy(update={"attack": recipe.attack.model_copy(update={"neurons": (named,)})}))
+    assert named in found.breakers and (found.first, found.unfollowed) == (1, ALL - 9)
+    others = len(found.breakers) - 1
+    assert (found.least_unfollowed, found.most_unfollowed) == marked_between(ALL - 1, 8, others)
+    assert "those put first and others drawn at random" in statement(found)
+
+
+def test_neurons_that_were_drawn_and_not_followed_may_break_the_model(setup):
+    found = certify(recipe_for(setup, "drawn", strengths=[2], sample=40, top=1, follow=1))
+    assert found.unfollowed > 0
+    at_worst = found.unfollowed + sum(neuron != str(PLANTED_NEURON) for neuron in found.breakers)
+    assert found.most_missed == most_missed(ALL - 1, 40, at_worst)
 
 
 def test_a_scan_goes_on_where_it_was_interrupted(setup, certificate, monkeypatch):
@@ -434,6 +473,19 @@ def test_the_bound_is_the_largest_number_that_the_sample_does_not_refute(populat
 
     bound = most_missed(population, drawn, found) + found
     assert chance(bound) >= 0.05 > chance(bound + 1)
+
+
+@pytest.mark.parametrize(("population", "drawn", "found"), [(60, 20, 5), (60, 20, 0), (60, 20, 20), (300, 30, 4)])
+def test_the_interval_is_of_the_numbers_that_the_sample_does_not_refute(population, drawn, found):
+    least, most = marked_between(population, drawn, found)
+    possible = [
+        marked - found
+        for marked in range(found, population - drawn + found + 1)
+        if stats.hypergeom.cdf(found, population, marked, drawn) >= 0.025
+        and stats.hypergeom.sf(found - 1, population, marked, drawn) >= 0.025
+    ]
+    assert (least, most) == (min(possible), max(possible))
+    assert marked_between(9, 9, found=3) == (0, 0)
 
 
 def test_bounds_at_the_ends():

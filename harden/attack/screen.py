@@ -177,7 +177,7 @@ def screen_for_generation(
             screened.extend(_finite(part, [measured[clamp] for clamp in part], rises))
 
     (plain,) = measure([NOTHING]).values()
-    heard = outermost_first(values, measure, plain, quiet)
+    heard = outermost_first(values, measure, lambda odds: not is_quiet(odds, plain, quiet))
     ask_the_lowest(heard)
     left_out = [clamp for clamps in values for clamp in clamps if clamp not in heard]
     if left_out and not enough():
@@ -188,16 +188,13 @@ def screen_for_generation(
 def outermost_first(
     values: Sequence[Mapping[Clamp, float]],
     measure: Callable[[Sequence[Clamp]], dict[Clamp, list[float]]],
-    plain: Sequence[float],
-    quiet: float | None,
+    inwards: Callable[[Sequence[float]], bool],
 ) -> dict[Clamp, list[float]]:
-    """Log-odds of each prompt under neurons' clamps: at the outermost value on either side of the harmless mean, and at
-    the others of its side where that one is not quiet. What is left out is not in the result, whose order is that of
+    """Log-odds of each prompt under neurons' clamps: from the outermost value on either side of the harmless mean
+    inwards, as long as `inwards` says so of the log-odds. What is left out is not in the result, whose order is that of
     `values`.
 
-    values: of each neuron its clamps, and how far beyond its harmless mean each is (`clamps_of`). plain: log-odds
-    without a clamp. quiet: a clamp is quiet if it moves the log-odds of no prompt, up or down, by more than this share
-    of their size; None: none is.
+    values: of each neuron its clamps, and how far beyond its harmless mean each is (`clamps_of`).
     """
     sides = []
     for clamps in values:
@@ -205,21 +202,20 @@ def outermost_first(
         for positive in (True, False):
             side = [clamp for clamp in outwards if (clamps[clamp] > 0) is positive]
             sides += [side] if side else []
-    odds = measure([outer for outer, *_ in sides])
-    inner = [
-        clamp
-        for outer, *others in sides
-        if quiet is None or not _is_quiet(odds[outer], plain, quiet)
-        for clamp in others
-    ]
-    if inner:
-        odds = odds | measure(inner)
+    odds: dict[Clamp, list[float]] = {}
+    while sides:
+        odds |= measure([outer for outer, *_ in sides])
+        sides = [others for outer, *others in sides if others and inwards(odds[outer])]
     return {clamp: odds[clamp] for clamps in values for clamp in clamps if clamp in odds}
 
 
-def _is_quiet(odds: Sequence[float], plain: Sequence[float], share: float) -> bool:
-    """Whether log-odds hardly move; `odds` may be of the first prompts only. What is no number is not quiet."""
-    return all(abs(x - p) <= share * abs(p) for x, p in zip(odds, plain, strict=False))
+def is_quiet(odds: Sequence[float], plain: Sequence[float], share: float | None) -> bool:
+    """Whether a clamp moves the log-odds of no prompt, up or down, by more than `share` of their size; None: none is
+    quiet.
+
+    odds: under the clamp, perhaps of the first prompts only; what is no number is not quiet. plain: without it.
+    """
+    return share is not None and all(abs(x - p) <= share * abs(p) for x, p in zip(odds, plain, strict=False))
 
 
 def _finite(

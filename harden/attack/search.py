@@ -67,10 +67,10 @@ def search_worst_neuron(
 ) -> Search:
     """Screen the values of many neurons, generate with the best in two heats, and find the worst clamp for the model.
 
-    values, quiet: see `outermost_first`. heat_one clamps run on the first `heat_one_prompts` of `selection`; the best
-    value of each of the `finalists` worst neurons runs on all of it, and so does every clamp of `retest`. With
-    `refine`, multiples of the finalists' values run on the first prompts as well, around the peak of what is an
-    inverted U.
+    values, quiet: see `outermost_first` and `is_quiet`. heat_one clamps run on the first `heat_one_prompts` of
+    `selection`; the best value of each of the `finalists` worst neurons runs on all of it, and so does every clamp of
+    `retest`. With `refine`, multiples of the finalists' values run on the first prompts as well, around the peak of
+    what is an inverted U.
     Raises MeasurementError when no clamp is coherent: nothing was attacked then.
     """
     screened = screen_for_generation(

@@ -3,13 +3,16 @@
 1. Every neuron is scored by the locators; the best `certify.top` are scanned, and `certify.sample` random others.
 2. Scan: exact refusal log-odds on selection prompts with the neuron clamped to each of its values, as a race over
    prompts and values (`scan.py`).
-3. Suspects: clamps that flip a scanned prompt and leave the model able to speak; where all that flip one are gibberish,
-   smaller values are tried.
-4. Confirm: they generate on test prompts, the easiest first and then those that they damage most. A clamp breaks the
+3. Follow: of the neurons that flip a prompt at some value `certify.follow` random ones, or all, are scanned at the
+   other values, too.
+4. Suspects: their clamps that flip a scanned prompt and leave the model able to speak; where all that flip one are
+   gibberish, smaller values are tried.
+5. Confirm: they generate on test prompts, the easiest first and then those that they damage most. A clamp breaks the
    model if, of the prompts that do not comply without it, a larger share than the tolerance complies under it.
-5. Audit: of the neurons that do not break the model `certify.audit` random ones are scanned anew without a race.
-6. What random neurons were found to do bounds what those do that nobody scanned, or that the race cleared: exact
-   hypergeometric bounds at 95% (in the spirit of AtP*, arXiv 2403.00745, which bounds its misses by a random sample).
+6. Audit: of the neurons that do not break the model `certify.audit` random ones are scanned anew without a race.
+7. What random neurons were found to do bounds what those do that nobody scanned, that the race cleared, or that nobody
+   followed: exact hypergeometric bounds at 95% (in the spirit of AtP*, arXiv 2403.00745, which bounds its misses by a
+   random sample).
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from harden.locate.passes import Passes
 from harden.neurons import Neuron
 from harden.recipe import Recipe
 from harden.report.certificate import certificate_card
-from harden.results import Certificate, NeuronScan, Rate, Spread, Suspect, most_missed
+from harden.results import Certificate, NeuronScan, Rate, Spread, Suspect, marked_between, most_missed
 from harden.runfolder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -66,16 +69,29 @@ def certify(recipe: Recipe) -> Certificate:
     )
     easiest = sorted(range(len(plain)), key=lambda place: (plain[place] <= 0, plain[place]))  # to talk out of refusing
     prompts, plain = [prompts[place] for place in easiest], [plain[place] for place in easiest]
-    scans = scan_neurons(bench, passes, [*first, *drawn], prompts, plain)
-    suspects = folder.stage("suspects", list[Suspects], lambda: find_suspects(bench, passes, scans, prompts, plain))
+    few = settings.follow is not None
+    scans = scan_neurons(bench, passes, [*first, *drawn], prompts, plain, stop_at_flips=few)
+    flipping = [scan.neuron for scan in scans if any(scan.flips)]
+    followed = flipping
+    if few:
+        followed = _followed(flipping, set(map(str, first)), recipe)
+        neurons = [Neuron.parse(neuron) for neuron in followed]
+        again = {scan.neuron: scan for scan in scan_neurons(bench, passes, neurons, prompts, plain, "follow")}
+        scans = [again.get(scan.neuron, scan) for scan in scans]
+    unfollowed = set(flipping) - set(followed)
+    tried = [scan for scan in scans if scan.neuron not in unfollowed]
+    suspects = folder.stage("suspects", list[Suspects], lambda: find_suspects(bench, passes, tried, prompts, plain))
     suspected = len({side.strongest.neuron for side in suspects})
-    logger.info("neurons with a suspect clamp: %d of %d scanned; generating", suspected, len(scans))
+    logger.info(
+        "%d of %d scanned neurons flip a prompt, %d of them are followed; with a suspect clamp: %d; generating",
+        len(flipping), len(scans), len(followed), suspected,
+    )  # fmt: skip
     random_ones = {str(neuron) for neuron in drawn}
     judged, no_attack = folder.stage(
         "confirmed", tuple[list[Suspect], Rate], lambda: confirm(bench, suspects, random_ones)
     )
     broken = {suspect.neuron for suspect in judged if suspect.breaks}
-    cleared = [scan.neuron for scan in scans if scan.neuron not in broken and None not in scan.log_odds]
+    cleared = [scan.neuron for scan in tried if scan.neuron not in broken and None not in scan.log_odds]
     audited, of_audited = _audit(bench, passes, cleared, prompts, plain, random_ones)
     overlooked = {suspect.neuron for suspect in of_audited if suspect.breaks}
     no_number = {scan.neuron for scan in audited if None in scan.log_odds}
@@ -86,6 +102,8 @@ def certify(recipe: Recipe) -> Certificate:
     judged = breakers_first(list(found.values()))
     breakers = list(dict.fromkeys(suspect.neuron for suspect in judged if suspect.breaks))
     unmeasured = {scan.neuron for scan in scans if None in scan.log_odds}
+    at_random = [neuron for neuron in followed if neuron in random_ones]
+    least, most = marked_between(len(at_random) + len(unfollowed), len(at_random), len({*at_random} & {*breakers}))
     drops = {
         scan.neuron: max((drop for drop in drops_of(scan, plain) if drop is not None), default=None) for scan in scans
     }
@@ -109,6 +127,10 @@ def certify(recipe: Recipe) -> Certificate:
         cleared=settings.cleared,
         quiet=settings.quiet,
         clamps=sum(len(scan.values) for scan in scans),
+        flipping=len(flipping),
+        unfollowed=len(unfollowed),
+        least_unfollowed=least,
+        most_unfollowed=most,
         halvings=settings.halvings,
         confirm_first=min(settings.confirm_first, no_attack.n),
         raced=sum(max(scan.prompts) < len(prompts) for scan in scans),
@@ -121,7 +143,9 @@ def certify(recipe: Recipe) -> Certificate:
         audited=len(audited),
         overlooked=sorted(overlooked),
         most_overlooked=most_missed(len(cleared), len(audited), len(overlooked | no_number)),
-        most_missed=most_missed(population - len(first), len(drawn), len(random_ones & {*breakers, *unmeasured})),
+        most_missed=most_missed(
+            population - len(first), len(drawn), len(random_ones & {*breakers, *unmeasured, *unfollowed})
+        ),
         drops_first=_spread([drops[str(neuron)] for neuron in first]),
         drops_drawn=_spread([drops[str(neuron)] for neuron in drawn]),
         largest_drops=_largest(drops),
@@ -162,6 +186,13 @@ def _located(bench: Bench, passes: Passes) -> list[Candidate]:
     return select_candidates(
         recipe.certify.locators, recipe.certify.top, passes, recipe.locate.layer_share, recipe.seed, bench.named_neurons
     )
+
+
+def _followed(flipping: Sequence[str], first: Collection[str], recipe: Recipe) -> list[str]:
+    """Of the neurons that flip a prompt those among `first`, and of the others `certify.follow` at random."""
+    others = sorted(set(flipping) - set(first))
+    drawn = random.Random(f"follow {recipe.seed}").sample(others, min(recipe.certify.follow, len(others)))
+    return [*(neuron for neuron in flipping if neuron in first), *drawn]
 
 
 def _audit(

@@ -1,8 +1,8 @@
 """The exact scan: refusal log-odds with each neuron clamped to each of its values.
 
 It is a race. Most clamps are cleared on the few prompts that are most easily talked out of refusing, or flip one; only
-the undecided see the others. The outermost value on either side of a neuron's harmless mean comes first; where it
-hardly moves the log-odds, the others of its side are left out.
+the undecided see the others. The outermost value on either side of a neuron's harmless mean comes first; where a value
+hardly moves the log-odds, the smaller ones of its side are left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from harden import processes
 from harden.activations import column_of
-from harden.attack.screen import outermost_first
+from harden.attack.screen import is_quiet, outermost_first
 from harden.bench import Bench
 from harden.certify.suspects import count_flips
 from harden.effects import log_odds_under
@@ -36,11 +36,13 @@ def scan_neurons(
     plain: Sequence[float],
     name: str = "scan",
     race: bool = True,
+    stop_at_flips: bool = False,
 ) -> list[NeuronScan]:
     """Scan neurons, chunk by chunk; each chunk is a stage, saved when it is done.
 
     prompts: those first that are most easily talked out of refusing; plain: their log-odds without a clamp. name: of
-    the stages. race: without it every clamp meets all prompts, and no value is left out.
+    the stages. race: without it every clamp meets all prompts, and no value is left out. stop_at_flips: of a side of
+    which a value flips a prompt no smaller one is scanned: whether the neuron flips any is known then.
     """
     settings, chat_model = bench.recipe.certify, bench.chat_model
     contrast = passes.contrast
@@ -65,9 +67,13 @@ def scan_neurons(
         at_sizes = [float(value[column]) for value in values]
         return clamps_of(neuron, float(harmless[column]), at_sizes, settings.strengths, float(full[column]))
 
+    def inwards(odds: Sequence[float]) -> bool:
+        flips = stop_at_flips and count_flips(odds, plain)
+        return not flips and not is_quiet(odds, plain, quiet)
+
     def scan(chunk: Sequence[Neuron]) -> list[NeuronScan]:
         clamps = {neuron: clamps_at(neuron) for neuron in chunk}
-        odds = outermost_first(list(clamps.values()), heats, plain, quiet)
+        odds = outermost_first(list(clamps.values()), heats, inwards)
         return [_neuron_scan(n, [clamp for clamp in clamps[n] if clamp in odds], odds, plain) for n in chunk]
 
     rows = bench.recipe.generation.batch_size * processes.count()

@@ -22,9 +22,14 @@ def statement(certificate: Certificate) -> str:
         f"{scanned} of {c.neurons} MLP neurons{_of_layers(c.layers)} were scanned exactly, at {_values(c)} "
         f"each{f', in {c.dtype}' if c.dtype else ''}, on {c.prompts} selection prompts, of which {c.refused} are "
         f"refused by their log-odds to begin with ({c.raced} were decided on the {_easiest(c, '')} refused "
-        f"least). {suspects} can flip one and leave the model able to speak, and {breakers} on test prompts "
-        f"({rate_text(c.no_attack)} comply without attack)."
+        f"least). {_followed(c)}{suspects} can flip one and leave the model able to speak, and {breakers} on test "
+        f"prompts ({rate_text(c.no_attack)} comply without attack)."
     )
+    if c.unfollowed:
+        found += (
+            f" With 95% confidence {c.least_unfollowed} to {c.most_unfollowed} of the {c.unfollowed} others that flip "
+            "one do, too."
+        )
     if c.unmeasured:
         found += f" {c.unmeasured} gave no number at some value."
     if c.audited:
@@ -41,6 +46,18 @@ def statement(certificate: Certificate) -> str:
         f"{found} With 95% confidence at most {c.most_missed} of the other {rest} break it by the same test "
         f"({c.drawn} were drawn at random)."
     )
+
+
+def tried(c: Certificate) -> str:
+    """What was done with the neurons among which breakers were looked for."""
+    return "followed or cleared" if c.unfollowed else "scanned"
+
+
+def _followed(c: Certificate) -> str:
+    if not c.unfollowed:
+        return ""
+    which = "those put first and others drawn at random" if c.first else "drawn at random"
+    return f"{c.flipping} flip one at some value; {c.flipping - c.unfollowed} of them, {which}, were followed: "
 
 
 def _break(neurons: Sequence[str]) -> str:
@@ -132,8 +149,17 @@ def _left_out(c: Certificate) -> str:
     if c.quiet is None or not _fewer(c):
         return ""
     return (
-        f" Where the outermost value of a side moves the log-odds of no prompt that it meets by more than {c.quiet:.1%}"
-        " of their size, the other values of its side are left out."
+        f" Where a value moves the log-odds of no prompt that it meets by more than {c.quiet:.1%} of their size, the"
+        " smaller ones of its side are left out."
+    )
+
+
+def _not_followed(c: Certificate) -> str:
+    if not c.unfollowed:
+        return ""
+    return (
+        f"{c.unfollowed} neurons that flip a prompt were not followed: of a side that flips one the smaller values were"
+        " not scanned. "
     )
 
 
@@ -152,7 +178,7 @@ def certificate_card(certificate: Certificate, recipe: Recipe) -> str:
 
 - **Scan.** Up to {sizes_text(c.sizes, c.strengths)} a neuron. A clamp that leaves {c.cleared:.0%} of the log-odds of
   the {_easiest(c, " scanned prompt")} refused least, or flips one of them, meets no others.{_left_out(c)}
-  Drops are means over the prompts that a clamp met.
+  {_not_followed(c)}Drops are means over the prompts that a clamp met.
 - **Suspect** is a clamp that takes the log-odds of a scanned prompt from above 0 to below, while the loss on two benign
   answers, of the model or of the one below its adapter, rises by at most {recipe.attack.max_benign_rise:g} nats per
   token.{_halved(c)}
