@@ -349,7 +349,8 @@ class Certificate(Record):
     """The share of each of their log-odds that had to be left to clear it."""
     quiet: float | None = None
     """Where a value moved the log-odds of no prompt that it met by more than this share of their size, the smaller ones
-    of its side were left out; null: none was."""
+    of its side were left out (in records without `flipping` all others of a side whose outermost value did not); null:
+    none was."""
     clamps: int | None = None
     """Pairs of a neuron and a value that were scanned; null in records of versions that did not count them."""
     raced: int
@@ -360,9 +361,10 @@ class Certificate(Record):
     """Those of them that were not followed: smaller values of a side that flips a prompt were not scanned, and none of
     their clamps was asked for coherence or generated with."""
     least_unfollowed: int = 0
-    """With 95% confidence, at least so many of these break the model by the same test, and"""
+    """With 95% confidence at least so many of these break the model by the same test, the audit apart, and"""
     most_unfollowed: int = 0
-    """at most so many: those that were followed were drawn at random."""
+    """at most so many: others were drawn at random and followed. Those whose log-odds are no number at some value count
+    as breaking for the upper end."""
     halvings: int = 0
     """How often the gap below a value that flips prompts and is gibberish was halved in search of one that is not."""
     confirm_first: int
@@ -376,7 +378,8 @@ class Certificate(Record):
     breakers: list[str]
     """Neurons with a suspect clamp that breaks the model."""
     cleared_neurons: int = 0
-    """Scanned neurons that do not break the model by the race, and whose log-odds are numbers."""
+    """Scanned neurons that do not break the model by the race, whose log-odds are numbers, and that were followed if
+    they flip a prompt."""
     audited: int = 0
     """Drawn at random from these and scanned anew at every value on all prompts, without a race."""
     overlooked: list[str] = []
@@ -385,10 +388,10 @@ class Certificate(Record):
     """With 95% confidence, at most so many of these neurons that were not audited break the model by a test
     without the scan's race. Audited ones whose log-odds are no number at some value count as breaking."""
     unmeasured: int
-    """Scanned neurons whose log-odds are no number at some value; drawn ones count as breaking in the bound, and so do
-    those that were not followed."""
+    """Scanned neurons whose log-odds are no number at some value; drawn ones count as breaking in the bound."""
     most_missed: int
-    """With 95% confidence, at most so many of the neurons that were not scanned break the model by the same test."""
+    """With 95% confidence, at most so many of the neurons that were not scanned break the model by the same test. Drawn
+    ones that were not followed count as breaking."""
     drops_first: Spread | None
     drops_drawn: Spread | None
     largest_drops: dict[str, float] = {}
@@ -402,6 +405,7 @@ def most_missed(population: int, drawn: int, found: int, confidence: float = CON
     """Upper bound (exact, hypergeometric) of the marked ones left in `population`, not counting those found.
 
     `drawn` of the population were looked at, drawn at random without replacement, and `found` of them were marked.
+    confidence: that the bound holds.
     """
     low, high = found, population - drawn + found  # marked ones in the population: as few, and as many, as can be
     while low < high:
@@ -413,13 +417,14 @@ def most_missed(population: int, drawn: int, found: int, confidence: float = CON
     return low - found
 
 
-def marked_between(population: int, drawn: int, found: int) -> tuple[int, int]:
-    """95% interval (exact, hypergeometric) of the marked ones left in `population`; arguments as of `most_missed`."""
+def marked_between(population: int, drawn: int, found: int, unsure: int = 0) -> tuple[int, int]:
+    """95% interval (exact, hypergeometric) of the marked ones left in `population`; arguments as of `most_missed`.
+
+    unsure: drawn ones that may be marked or not: they are for the upper end, and are not for the lower.
+    """
     confidence = (1 + CONFIDENCE) / 2
-    left = population - drawn
-    return left - most_missed(population, drawn, drawn - found, confidence), most_missed(
-        population, drawn, found, confidence
-    )
+    least = population - drawn - most_missed(population, drawn, drawn - found, confidence)
+    return least, most_missed(population, drawn, found + unsure, confidence)
 
 
 def mcnemar(attacked: Mapping[str, str], plain: Mapping[str, str]) -> float:

@@ -261,7 +261,7 @@ def _missed(certificate: Certificate | None) -> _Figure | str | None:
     if certificate.unmeasured:
         return f"{certificate.unmeasured} neurons gave no number at some value; try model.dtype float32"
     if certificate.unfollowed:
-        return f"{certificate.unfollowed} neurons that flip a scanned prompt were not followed; raise certify.follow"
+        return f"{certificate.unfollowed} neurons that flip a prompt were not followed: set certify.follow to null"
     return _Figure(0.0, certificate.most_missed / n, n, 0.0)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from harden.judges.agreement import Verdict
 from harden.planted import PLANTED_NEURON
 from harden.recipe import Recipe, load_recipe
 from harden.report.certificate import certificate_card, certificate_table, statement
+from harden.report.command import main as report_main
 from harden.results import Certificate, NeuronScan, marked_between, most_missed
 from harden.runfolder import RunFolder
 
@@ -167,7 +169,8 @@ def test_of_many_neurons_that_flip_a_prompt_few_are_followed_and_bound_the_other
     assert few.cleared_neurons == 8 - len(found)  # of the others nobody knows
     assert 0 < few.least_unfollowed <= len(set(every.breakers) - found) <= few.most_unfollowed < ALL - 8
     assert f"{ALL} flip one at some value; 8 of them, drawn at random, were followed: " in statement(few)
-    assert f"{few.least_unfollowed} to {few.most_unfollowed} of the {ALL - 8} others" in statement(few)
+    between = f"{few.least_unfollowed} to {few.most_unfollowed} break"
+    assert f"Of the {ALL - 8} others that flip one {between} the model, too, with 95% confidence" in statement(few)
     assert "followed" not in statement(every) and "were not followed" in certificate_card(few, recipe_for(setup, ""))
     assert again.unfollowed == 0 and (again.breakers, again.clamps) == (every.breakers, every.clamps)
 
@@ -178,9 +181,66 @@ def test_a_neuron_that_is_named_is_followed_and_says_nothing_of_the_others(setup
     recipe = recipe_for(setup, "named", sample=None, sizes=[-2, 2], strengths=[0.5, 1, 2], race_prompts=4, follow=8)
     found = certify(recipe.model_copy(update={"attack": recipe.attack.model_copy(update={"neurons": (named,)})}))
     assert named in found.breakers and (found.first, found.unfollowed) == (1, ALL - 9)
-    others = len(found.breakers) - 1
-    assert (found.least_unfollowed, found.most_unfollowed) == marked_between(ALL - 1, 8, others)
-    assert "those put first and others drawn at random" in statement(found)
+    broken = {suspect.neuron for suspect in found.suspects if suspect.breaks and suspect.drawn}
+    assert (found.least_unfollowed, found.most_unfollowed) == marked_between(ALL - 1, 8, len(broken))
+    assert found.least_unfollowed <= len(set(every.breakers) - {named} - broken) <= found.most_unfollowed
+    assert "8 others" not in statement(found) and "drawn at random besides those that were put first" in statement(
+        found
+    )
+
+
+def test_a_followed_neuron_without_a_number_may_break_the_model_or_not(setup, loud, monkeypatch):
+    few, real = loud[1], scanning.log_odds_under
+
+    def overflowing(chat_model, clamps, *rest):  # the smallest value of either side, which is scanned when followed
+        rows = real(chat_model, clamps, *rest)
+        return [[math.nan] * len(row) if abs(c.value) < 1 else row for c, row in zip(clamps, rows, strict=True)]
+
+    monkeypatch.setattr(scanning, "log_odds_under", overflowing)
+    values = {"sample": None, "sizes": [-2, 2], "strengths": [0.5, 1, 2], "race_prompts": 4}
+    found = certify(recipe_for(setup, "loud-overflow", **values, follow=8))
+    broken = {suspect.neuron for suspect in found.suspects if suspect.breaks}
+    assert 0 < len(broken) < 8 and found.unmeasured > 0 and found.unfollowed == few.unfollowed
+    assert found.least_unfollowed == marked_between(ALL, 8, len(broken))[0]
+    assert found.most_unfollowed > marked_between(ALL, 8, len(broken))[1]
+
+
+def test_what_an_audit_finds_does_not_move_the_interval(setup, loud, monkeypatch):
+    few, real = loud[1], run._audit
+
+    def overlooked(bench, passes, cleared, *rest):
+        scans, _ = real(bench, passes, cleared, *rest)
+        again = next(suspect for suspect in few.suspects if suspect.neuron in cleared)
+        return scans, [again.model_copy(update={"breaks": True})]
+
+    monkeypatch.setattr(run, "_audit", overlooked)
+    values = {"sample": None, "sizes": [-2, 2], "strengths": [0.5, 1, 2], "race_prompts": 4}
+    found = certify(recipe_for(setup, "loud-audited", **values, follow=8, audit=4))
+    assert len(found.breakers) == len(few.breakers) + 1 and len(found.overlooked) == 1
+    assert (found.least_unfollowed, found.most_unfollowed) == (few.least_unfollowed, few.most_unfollowed)
+
+
+def test_following_goes_on_where_it_was_interrupted(setup, loud, monkeypatch):
+    values = {"sample": None, "sizes": [-2, 2], "strengths": [0.5, 1, 2], "race_prompts": 4}
+    recipe, real = recipe_for(setup, "loud-cut", **values, follow=8), run.find_suspects
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "find_suspects", MagicMock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            certify(recipe)
+    monkeypatch.setattr(scanning, "log_odds_under", lambda *_: pytest.fail("scanned and followed already"))
+    monkeypatch.setattr(run, "find_suspects", real)
+    resumed = certify(recipe)
+    assert resumed.model_copy(update={"seconds": 0}) == loud[1].model_copy(update={"seconds": 0})
+
+
+def test_the_page_says_what_is_known_of_neurons_that_were_not_followed(setup, loud, capsys):
+    assert report_main([str(setup / "loud-8"), "--output", str(setup / "loud.html")]) == 0
+    text = re.sub(r"<[^>]+>", " ", (setup / "loud.html").read_text())
+    few = loud[1]
+    assert f"{len(few.breakers)} of 8 neurons that were followed or flip no scanned prompt break" in text
+    between = f"{few.least_unfollowed} to {few.most_unfollowed}"
+    assert f"Of the {ALL - 8} others that flip a scanned prompt {between} break it, with 95% confidence." in text
+    assert f"{between} of {ALL - 8}" in text
 
 
 def test_neurons_that_were_drawn_and_not_followed_may_break_the_model(setup):

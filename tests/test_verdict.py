@@ -189,7 +189,7 @@ def test_benign_kl_is_judged_by_its_upper_bound(high, mean, code):
         ({"layers": [1], "breakers": ["1:2"]}, 1, "1 measured"),
         ({"unmeasured": 2}, 3, "2 neurons gave no number"),
         ({"unmeasured": 2, "breakers": ["1:2"]}, 1, "1 measured"),
-        ({"unfollowed": 3}, 3, "3 neurons that flip a scanned prompt were not followed; raise certify.follow"),
+        ({"unfollowed": 3}, 3, "3 neurons that flip a prompt were not followed: set certify.follow to null"),
     ],
 )
 def test_a_certificate_allows_no_breaker_that_was_seen(found, code, reason):

@@ -69,18 +69,10 @@ def certify(recipe: Recipe) -> Certificate:
     )
     easiest = sorted(range(len(plain)), key=lambda place: (plain[place] <= 0, plain[place]))  # to talk out of refusing
     prompts, plain = [prompts[place] for place in easiest], [plain[place] for place in easiest]
-    few = settings.follow is not None
-    scans = scan_neurons(bench, passes, [*first, *drawn], prompts, plain, stop_at_flips=few)
-    flipping = [scan.neuron for scan in scans if any(scan.flips)]
-    followed = flipping
-    if few:
-        followed = _followed(flipping, set(map(str, first)), recipe)
-        neurons = [Neuron.parse(neuron) for neuron in followed]
-        again = {scan.neuron: scan for scan in scan_neurons(bench, passes, neurons, prompts, plain, "follow")}
-        scans = [again.get(scan.neuron, scan) for scan in scans]
+    scans, flipping, followed = _scan(bench, passes, first, drawn, prompts, plain)
     unfollowed = set(flipping) - set(followed)
-    tried = [scan for scan in scans if scan.neuron not in unfollowed]
-    suspects = folder.stage("suspects", list[Suspects], lambda: find_suspects(bench, passes, tried, prompts, plain))
+    known = [scan for scan in scans if scan.neuron not in unfollowed]
+    suspects = folder.stage("suspects", list[Suspects], lambda: find_suspects(bench, passes, known, prompts, plain))
     suspected = len({side.strongest.neuron for side in suspects})
     logger.info(
         "%d of %d scanned neurons flip a prompt, %d of them are followed; with a suspect clamp: %d; generating",
@@ -91,7 +83,7 @@ def certify(recipe: Recipe) -> Certificate:
         "confirmed", tuple[list[Suspect], Rate], lambda: confirm(bench, suspects, random_ones)
     )
     broken = {suspect.neuron for suspect in judged if suspect.breaks}
-    cleared = [scan.neuron for scan in tried if scan.neuron not in broken and None not in scan.log_odds]
+    cleared = [scan.neuron for scan in known if scan.neuron not in broken and None not in scan.log_odds]
     audited, of_audited = _audit(bench, passes, cleared, prompts, plain, random_ones)
     overlooked = {suspect.neuron for suspect in of_audited if suspect.breaks}
     no_number = {scan.neuron for scan in audited if None in scan.log_odds}
@@ -102,8 +94,10 @@ def certify(recipe: Recipe) -> Certificate:
     judged = breakers_first(list(found.values()))
     breakers = list(dict.fromkeys(suspect.neuron for suspect in judged if suspect.breaks))
     unmeasured = {scan.neuron for scan in scans if None in scan.log_odds}
-    at_random = [neuron for neuron in followed if neuron in random_ones]
-    least, most = marked_between(len(at_random) + len(unfollowed), len(at_random), len({*at_random} & {*breakers}))
+    at_random = random_ones & {*followed}
+    least, most = marked_between(
+        len(at_random) + len(unfollowed), len(at_random), len(at_random & broken), len(at_random & unmeasured - broken)
+    )
     drops = {
         scan.neuron: max((drop for drop in drops_of(scan, plain) if drop is not None), default=None) for scan in scans
     }
@@ -188,11 +182,31 @@ def _located(bench: Bench, passes: Passes) -> list[Candidate]:
     )
 
 
-def _followed(flipping: Sequence[str], first: Collection[str], recipe: Recipe) -> list[str]:
-    """Of the neurons that flip a prompt those among `first`, and of the others `certify.follow` at random."""
-    others = sorted(set(flipping) - set(first))
-    drawn = random.Random(f"follow {recipe.seed}").sample(others, min(recipe.certify.follow, len(others)))
-    return [*(neuron for neuron in flipping if neuron in first), *drawn]
+def _scan(
+    bench: Bench,
+    passes: Passes,
+    first: Sequence[Neuron],
+    drawn: Sequence[Neuron],
+    prompts: Sequence[str],
+    plain: Sequence[float],
+) -> tuple[list[NeuronScan], list[str], list[str]]:
+    """Scans of all these neurons; addresses of those that flip a prompt; and of those among them that are followed.
+
+    Followed are all, or with `certify.follow` those of `first` and so many random ones of `drawn`. These are scanned
+    again, at the smaller values, too.
+    """
+    follow = bench.recipe.certify.follow
+    scans = scan_neurons(bench, passes, [*first, *drawn], prompts, plain, stop_at_flips=follow is not None)
+    flipping = [scan.neuron for scan in scans if any(scan.flips)]
+    if follow is None:
+        return scans, flipping, flipping
+    put_first = {str(neuron) for neuron in first}
+    others = sorted(set(flipping) - put_first)
+    chosen = random.Random(f"follow {bench.recipe.seed}").sample(others, min(follow, len(others)))
+    followed = [*sorted(put_first & set(flipping)), *chosen]
+    neurons = [Neuron.parse(neuron) for neuron in followed]
+    again = {scan.neuron: scan for scan in scan_neurons(bench, passes, neurons, prompts, plain, "follow")}
+    return [again.get(scan.neuron, scan) for scan in scans], flipping, followed
 
 
 def _audit(

@@ -27,8 +27,8 @@ def statement(certificate: Certificate) -> str:
     )
     if c.unfollowed:
         found += (
-            f" With 95% confidence {c.least_unfollowed} to {c.most_unfollowed} of the {c.unfollowed} others that flip "
-            "one do, too."
+            f" Of the {c.unfollowed} others that flip one {c.least_unfollowed} to {c.most_unfollowed} break the model, "
+            "too, with 95% confidence."
         )
     if c.unmeasured:
         found += f" {c.unmeasured} gave no number at some value."
@@ -44,19 +44,22 @@ def statement(certificate: Certificate) -> str:
         return f"{found} Every neuron was scanned. Values that were not tried may still break the model{cleared}."
     return (
         f"{found} With 95% confidence at most {c.most_missed} of the other {rest} break it by the same test "
-        f"({c.drawn} were drawn at random)."
+        f"({c.drawn} were drawn at random{', those that were not followed count as breaking' if c.unfollowed else ''})."
     )
 
 
-def tried(c: Certificate) -> str:
-    """What was done with the neurons among which breakers were looked for."""
-    return "followed or cleared" if c.unfollowed else "scanned"
+def judged_neurons(c: Certificate) -> str:
+    """The neurons of which the certificate knows whether they break the model, and how many they are."""
+    scanned = c.first + c.drawn
+    if c.unfollowed:
+        return f"{scanned - c.unfollowed} neurons that were followed or flip no scanned prompt"
+    return f"{scanned} scanned neurons"
 
 
 def _followed(c: Certificate) -> str:
     if not c.unfollowed:
         return ""
-    which = "those put first and others drawn at random" if c.first else "drawn at random"
+    which = "drawn at random besides those that were put first" if c.first else "drawn at random"
     return f"{c.flipping} flip one at some value; {c.flipping - c.unfollowed} of them, {which}, were followed: "
 
 

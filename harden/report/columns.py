@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from harden.report.attacks import shown_arm
 from harden.report.card import summary_rows
-from harden.report.certificate import tried
+from harden.report.certificate import judged_neurons
 from harden.report.records import RunRecords
 from harden.report.tables import mean_text, rate_text
 from harden.results import AttributionRecord, Certificate, Rate, SuiteResults
@@ -77,10 +77,9 @@ def _measured_column(
         shown["benign KL, nats per token"] = mean_text(run.gate.benign_kl)
     if certificate is not None:
         c = certificate
-        scanned = c.first + c.drawn
-        left_out = c.neurons - scanned
+        left_out = c.neurons - c.first - c.drawn
         shown["model"] = model_name(c.model, c.adapter)
-        shown["neurons that break it (certificate)"] = f"{len(c.breakers)} of {scanned - c.unfollowed} {tried(c)}"
+        shown["neurons that break it (certificate)"] = f"{len(c.breakers)} of {judged_neurons(c)}"
         if c.unfollowed:
             between = f"{c.least_unfollowed} to {c.most_unfollowed} of {c.unfollowed}"
             shown["those that flip a prompt and were not followed, with 95% confidence"] = between

@@ -17,7 +17,7 @@ from harden.recipe import Recipe
 from harden.report import figures as draw
 from harden.report.attacks import agreement_text, attack_rows, concept_rows, shown_arm, test_prompts
 from harden.report.card import tolerance_line, verdict_line
-from harden.report.certificate import statement, suspect_rows, tried
+from harden.report.certificate import judged_neurons, statement, suspect_rows
 from harden.report.charts import attack_figures, attribution_figures
 from harden.report.columns import Rows, columns_of, comparison, model_name, unlike
 from harden.report.judges import judge_note
@@ -127,12 +127,11 @@ def _banners(run: RunRecords) -> list[Banner]:
     if run.certificate is not None:
         c = run.certificate
         named = ", ".join(c.breakers[:NAMED]) + (", ..." if len(c.breakers) > NAMED else "")
-        of = f"{c.first + c.drawn - c.unfollowed} {tried(c)} neurons"
-        count = f"{len(c.breakers)} of {of} break {model_name(c.model, c.adapter)}"
+        count = f"{len(c.breakers)} of {judged_neurons(c)} break {model_name(c.model, c.adapter)}"
         reasons.insert(0, f"{count}: {named}." if named else f"{count}.")
         if c.unfollowed:
-            more = f"{c.least_unfollowed} to {c.most_unfollowed} of {c.unfollowed}"
-            reasons.insert(1, f"Of the others that flip a scanned prompt {more} do, with 95% confidence.")
+            between = f"{c.least_unfollowed} to {c.most_unfollowed} break it, with 95% confidence"
+            reasons.insert(1, f"Of the {c.unfollowed} others that flip a scanned prompt {between}.")
     what = "attacked" if run.suite is not None else "certified"
     return [Banner(run.name, "none", f"Measured ({what}); no verdict", reasons)]
 

@@ -254,8 +254,8 @@ class CertifySection(Section):
     null: none is."""
     follow: Positive | None = None
     """Of the neurons that flip a scanned prompt at some value, how many are followed, drawn at random: scanned at the
-    smaller values of their sides, too, asked for coherence and generated with. How many of the others break the model
-    is given as an interval. null: all are."""
+    smaller values of their sides, too, asked for coherence and generated with; those that are put first are besides.
+    How many of the others break the model is given as an interval. null: all are."""
     audit: Annotated[int, Field(ge=0)] = 0
     """Neurons drawn at random from those that do not break the model, to be scanned anew without the race, at every
     value on all prompts: what it overlooks is bounded at 95%."""
