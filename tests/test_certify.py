@@ -223,10 +223,13 @@ def test_what_an_audit_finds_does_not_move_the_interval(setup, loud, monkeypatch
 def test_following_goes_on_where_it_was_interrupted(setup, loud, monkeypatch):
     values = {"sample": None, "sizes": [-2, 2], "strengths": [0.5, 1, 2], "race_prompts": 4}
     recipe, real = recipe_for(setup, "loud-cut", **values, follow=8), run.find_suspects
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "find_suspects", MagicMock(side_effect=KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            certify(recipe)
+
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "find_suspects", cut)
+    with pytest.raises(KeyboardInterrupt):
+        certify(recipe)
     monkeypatch.setattr(scanning, "log_odds_under", lambda *_: pytest.fail("scanned and followed already"))
     monkeypatch.setattr(run, "find_suspects", real)
     resumed = certify(recipe)
