@@ -3,7 +3,7 @@
     python benchmarks/defences.py --output OUT [--recipes RECIPE.yaml ...] [--seeds 0 1 2] [--suite RECIPE.yaml] \\
         [--jobs 1] [--cells FILE.jsonl] [--train.steps 34 ...]
 
-One round of training per recipe and seed, of as many steps but for `thorough.yaml`, `baselines/longer.yaml` and
+One round of training per recipe and seed, all of as many steps, except `thorough.yaml`, `baselines/longer.yaml` and
 `baselines/sft-longer.yaml`. Recipes that train under clamps are told which clamps broke the model before, as in a run
 of theirs: those that flipped a selection prompt in the suite's attack on it. Options of a recipe change all of them
 alike, the suite's too. Everything is a run folder OUT/<name>/seed-<n>, goes on where it was interrupted, and is read

