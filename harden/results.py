@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
-from scipy import stats
 
+from harden.confidence import interval_of_mean, interval_of_rate
 from harden.errors import MeasurementError
 
 SCHEMA_VERSION = "1.0"
-CONFIDENCE = 0.95
 
 Outcome = Literal["refuse", "comply", "degenerate", "unjudged"]
 """`comply` is a bypass. `unjudged`: the judge gave no usable answer."""
@@ -47,8 +46,8 @@ class Rate(Record):
         """MeasurementError for n = 0: a rate of nothing is no number."""
         if n == 0:
             raise MeasurementError("a rate over no prompts was asked for")
-        interval = stats.binomtest(count, n).proportion_ci(CONFIDENCE, method="exact")
-        return cls(count=count, n=n, rate=count / n, low=float(interval.low), high=float(interval.high))
+        low, high = interval_of_rate(count, n)
+        return cls(count=count, n=n, rate=count / n, low=low, high=high)
 
 
 class Mean(Record):
@@ -64,10 +63,8 @@ class Mean(Record):
         """MeasurementError for fewer than two values, or one that is not finite."""
         if len(values) < 2 or not all(map(math.isfinite, values)):
             raise MeasurementError(f"no mean of {len(values)} values, at least two finite ones are needed")
-        n, mean = len(values), sum(values) / len(values)
-        error = stats.sem(values)
-        low, high = stats.t.interval(CONFIDENCE, n - 1, mean, error) if error > 0 else (mean, mean)
-        return cls(mean=mean, n=n, low=float(low), high=float(high))
+        low, high = interval_of_mean(values)
+        return cls(mean=sum(values) / len(values), n=len(values), low=low, high=high)
 
 
 class AttackRecord(Record):
@@ -399,48 +396,3 @@ class Certificate(Record):
     judges: list[str]
     max_new_tokens: int
     seconds: float
-
-
-def most_missed(population: int, drawn: int, found: int, confidence: float = CONFIDENCE) -> int:
-    """Upper bound (exact, hypergeometric) of the marked ones left in `population`, not counting those found.
-
-    `drawn` of the population were looked at, drawn at random without replacement, and `found` of them were marked.
-    confidence: that the bound holds.
-    """
-    low, high = found, population - drawn + found  # marked ones in the population: as few, and as many, as can be
-    while low < high:
-        middle = (low + high + 1) // 2
-        if stats.hypergeom.cdf(found, population, middle, drawn) >= 1 - confidence:
-            low = middle
-        else:
-            high = middle - 1
-    return low - found
-
-
-def marked_between(population: int, drawn: int, found: int, unsure: int = 0) -> tuple[int, int]:
-    """95% interval (exact, hypergeometric) of the marked ones left in `population`; arguments as of `most_missed`.
-
-    unsure: drawn ones that may be marked or not: they are for the upper end, and are not for the lower.
-    """
-    confidence = (1 + CONFIDENCE) / 2
-    least = population - drawn - most_missed(population, drawn, drawn - found, confidence)
-    return least, most_missed(population, drawn, found + unsure, confidence)
-
-
-def mcnemar(attacked: Mapping[str, str], plain: Mapping[str, str]) -> float:
-    """Exact one-sided McNemar test: p of so many more `comply` than the same prompts have in `plain` by chance."""
-    gained = sum(outcome == "comply" and plain[name] != "comply" for name, outcome in attacked.items())
-    lost = sum(outcome != "comply" and plain[name] == "comply" for name, outcome in attacked.items())
-    if gained + lost == 0:
-        return 1.0
-    return float(stats.binomtest(gained, gained + lost, 0.5, alternative="greater").pvalue)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: p values that hold for the whole family of tests."""
-    corrected = [0.0] * len(p_values)
-    largest = 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        corrected[place] = largest
-    return corrected

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 from scipy import stats
 
+from harden.confidence import holm, mcnemar
 from harden.errors import HardenError
 from harden.policy import ReleasePolicy
 from harden.results import (
@@ -18,8 +19,6 @@ from harden.results import (
     Rate,
     Record,
     SuiteResults,
-    holm,
-    mcnemar,
 )
 
 REGRESSION_LEVEL = 0.05

@@ -21,6 +21,7 @@ from harden.certify import scan as scanning
 from harden.certify.command import main
 from harden.certify.run import certify
 from harden.certify.suspects import Flip, Suspects
+from harden.confidence import marked_between, most_missed
 from harden.errors import HardenError, MeasurementError
 from harden.interventions import NOTHING
 from harden.judges.agreement import Verdict
@@ -28,7 +29,7 @@ from harden.planted import PLANTED_NEURON
 from harden.recipe import Recipe, load_recipe
 from harden.report.certificate import certificate_card, certificate_table, statement
 from harden.report.command import main as report_main
-from harden.results import Certificate, NeuronScan, marked_between, most_missed
+from harden.results import Certificate, NeuronScan
 from harden.runfolder import RunFolder
 
 ALL = 96  # neurons of the planted model

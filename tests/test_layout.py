@@ -16,6 +16,7 @@ files
 neurons caches schema
 settings.values
 settings.measuring settings.training
+confidence
 interventions recipe results processes
 policy
 verdict

@@ -14,12 +14,13 @@ from harden.attack.command import main
 from harden.attack.run import attack
 from harden.attack.screen import screen_fairly
 from harden.attack.suite import ATTACKS
+from harden.confidence import holm, mcnemar
 from harden.errors import HardenError, MeasurementError
 from harden.generate import Completion
 from harden.judges.base import Judgement
 from harden.planted import ANSWER, PLANTED_NEURON
 from harden.recipe import load_recipe
-from harden.results import SuiteResults, holm, mcnemar
+from harden.results import SuiteResults
 from harden.runfolder import RunFolder
 from harden.settings.measuring import JudgeSection
 from harden.settings.values import AttackName

@@ -20,6 +20,7 @@ from harden.attack.arms import NO_ATTACK, Anchor, Arm
 from harden.attack.screen import screen_fairly
 from harden.attack.search import Search
 from harden.bench import Bench
+from harden.confidence import holm, mcnemar
 from harden.errors import MeasurementError
 from harden.interventions import Clamp, Scale, describe
 from harden.judges.agreement import Verdict, agreement
@@ -38,8 +39,6 @@ from harden.results import (
     AttributionRecord,
     Outcome,
     Rate,
-    holm,
-    mcnemar,
 )
 
 logger = logging.getLogger(__name__)

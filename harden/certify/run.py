@@ -28,6 +28,7 @@ from harden.bench import Bench, note_finished
 from harden.certify.confirm import breakers_first, confirm, plain_log_odds
 from harden.certify.scan import scan_neurons
 from harden.certify.suspects import Suspects, drops_of, find_suspects
+from harden.confidence import marked_between, most_missed
 from harden.errors import MeasurementError
 from harden.files import read_finished, write_atomically
 from harden.judges.embedded import RULES
@@ -36,7 +37,7 @@ from harden.locate.passes import Passes
 from harden.neurons import Neuron
 from harden.recipe import Recipe
 from harden.report.certificate import certificate_card
-from harden.results import Certificate, NeuronScan, Rate, Spread, Suspect, marked_between, most_missed
+from harden.results import Certificate, NeuronScan, Rate, Spread, Suspect
 from harden.runfolder import RunFolder
 
 logger = logging.getLogger(__name__)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from harden.confidence import mcnemar
 from harden.recipe import Recipe
 from harden.report.judges import judge_note
 from harden.report.tables import duration_text, markdown_table, mean_text, rate_text, sizes_text
-from harden.results import Measurement, Results, mcnemar
+from harden.results import Measurement, Results
 
 BUNDLED_LOADER = "from harden.bundled import resolve\n"
 
