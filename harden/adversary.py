@@ -54,6 +54,16 @@ class Weighed:
     floor: float
     """Of the weight, whatever the model resists."""
 
+    def nearer(self, rng: random.Random, nearest: float) -> Clamp:
+        """The clamp, at a share of its distance from the harmless mean that is drawn evenly from `nearest` to 1."""
+        if nearest == 1:
+            return self.clamp
+        return replace(self.clamp, value=self.harmless + rng.uniform(nearest, 1) * self.reach(self.clamp))
+
+    def reach(self, clamp: Clamp) -> float:
+        """How far beyond the harmless mean a clamp of the same neuron sets it, with the sign of the side."""
+        return clamp.value - self.harmless
+
 
 @dataclass
 class Adversary:
@@ -90,7 +100,7 @@ class Adversary:
         grouped = settings.groups and rng.random() < settings.groups
         drawn = self.draw(rng, settings.group_size if grouped else 1, context.max_benign_rise)
         if not settings.anchors or rng.random() >= settings.anchors:
-            return tuple(member.clamp for member in drawn)
+            return tuple(member.nearer(rng, settings.nearest) for member in drawn)
         anchors = [
             Anchor(member.clamp, member.harmful, member.harmless, rng.choice(ANCHOR_K))
             for member in drawn
@@ -127,14 +137,25 @@ class Adversary:
         log-odds under it, in nats.
 
         A row is one prompt of many, so it moves a clamp's weight half of the way. Clamps that are resisted by now are
-        drawn less at once, not only when all are weighed again.
+        drawn less at once, not only when all are weighed again. What a row met at a nearer value (`clamps.nearest`)
+        counts for the clamp next beyond it.
         """
-        places = {weighed.clamp: place for place, weighed in enumerate(self.clamps)}
         for clamp, log_odds in met:
-            if clamp in places:
-                weighed = self.clamps[places[clamp]]
+            place = None if clamp is None else self._next_beyond(clamp)
+            if place is not None:
+                weighed = self.clamps[place]
                 weight = (weighed.weight + weighed.floor + _breaking([log_odds])) / 2
-                self.clamps[places[clamp]] = replace(weighed, weight=weight)
+                self.clamps[place] = replace(weighed, weight=weight)
+
+    def _next_beyond(self, clamp: Clamp) -> int | None:
+        """Place of the weighed clamp of this neuron that lies at this value, or next beyond it on the same side."""
+        reaches = {}
+        for place, weighed in enumerate(self.clamps):
+            if weighed.clamp.neuron == clamp.neuron:
+                here, there = weighed.reach(clamp), weighed.reach(weighed.clamp)
+                if here * there >= 0 and abs(there) >= abs(here):
+                    reaches[place] = abs(there)
+        return min(reaches, key=reaches.__getitem__, default=None)
 
     def to_state(self) -> dict[str, Any]:
         """Plain lists and tensors, for a checkpoint."""

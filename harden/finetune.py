@@ -216,9 +216,9 @@ class _Step:
         def term(mine: list[Row]) -> torch.Tensor:
             return benign_kl(self.context.chat_model, mine)
 
-        rows = pick(self.rng, data.benign, benign.rows)
+        rows, nearest = pick(self.rng, data.benign, benign.rows), self.context.settings.clamps.nearest
         for place in range(round(benign.clamped * len(rows))):
-            clamps = tuple(weighed.clamp for weighed in self.adversary.draw(self.rng))
+            clamps = tuple(weighed.nearer(self.rng, nearest) for weighed in self.adversary.draw(self.rng))
             rows[place] = replace(rows[place], interventions=clamps)
         self._add("benign_kl", weight, rows, term)
         if benign.texts:

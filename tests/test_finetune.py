@@ -339,6 +339,39 @@ def test_a_clamp_that_is_resisted_by_now_is_drawn_less_and_one_that_works_more()
     assert weights == pytest.approx([0.26, 0.76, 0.5])
 
 
+def test_what_a_nearer_value_met_counts_for_the_clamp_next_beyond_it():
+    neuron = Neuron(0, 3)
+    values = (-8.0, 2.0, 6.0, 10.0)  # beyond a harmless mean of 1: -9, 1, 5, 9
+    adversary = Adversary([weighed_clamp(neuron, value, weight=0.5, harmless=1.0) for value in values])
+    for value, place in {-2.0: 0, -8.0: 0, 1.5: 1, 2.0: 1, 2.5: 2, 9.0: 3, 11.0: None, -8.5: None}.items():
+        learned = Adversary(list(adversary.clamps))
+        learned.learn([(Clamp(neuron, value), -30.0), (Clamp(Neuron(1, 3), value), -30.0)])
+        weights = [weighed.weight for weighed in learned.clamps]
+        assert weights == pytest.approx([0.75 if n == place else 0.5 for n in range(4)]), value
+
+
+def test_rows_are_clamped_at_values_between_the_nearest_and_the_weighed_one(planted, data, phrases, monkeypatch):
+    benign, clamped = finetune.benign_kl, []
+
+    def keep(chat_model, rows):
+        clamped.extend(edit for row in rows for edit in row.interventions)
+        return benign(chat_model, rows)
+
+    monkeypatch.setattr(finetune, "benign_kl", keep)
+    adversary = Adversary([weighed_clamp(PLANTED_NEURON, -30.0, harmless=10.0)])
+    section = settings(
+        refusal={"weight": 0},
+        margin={"weight": 1, "rows": 8, "attacked": True},
+        clamps={"share": 1.0, "nearest": 0.6},
+        benign={"rows": 6, "clamped": 1.0},
+    )
+    _, met = backward(round_context(adapted(planted), data, phrases, section), adversary, 1, random.Random(3), {})
+    for clamps, n in (([clamp for clamp, _ in met], 8), (clamped, 6)):
+        assert {clamp.neuron for clamp in clamps} == {PLANTED_NEURON}
+        values = [clamp.value for clamp in clamps]
+        assert len(set(values)) == n and -30 <= min(values) < -20 < max(values) <= 10 - 0.6 * 40
+
+
 def test_the_margin_has_rows_of_its_own_and_tells_what_they_met(planted, data, phrases):
     model, adversary = adapted(planted), Adversary([weighed_clamp(PLANTED_NEURON, -30.0)])
     term = {"weight": 1, "rows": 5, "target": 2.0, "attacked": True}

@@ -22,6 +22,9 @@ class ClampTerm(Section):
     """In activation gaps beyond the harmless mean; negative ones have the other sign."""
     strengths: Strengths = ()
     """Further values, as in `attack.strengths`, of the starting model."""
+    nearest: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Least share of a value's distance from the harmless mean: each row is clamped at a share drawn evenly from here
+    to 1, so that values between the weighed ones are trained against, too. 1: at the weighed values only."""
     relocate_every: Positive = 20
     """Steps after which neurons are located and clamps are weighed again."""
     floor: Weight = 0.02
