@@ -41,6 +41,14 @@ PAST_FLOOR = 0.1  # least weight of a clamp that broke the model in an earlier r
 
 
 @dataclass(frozen=True)
+class Nearer(Clamp):
+    """A clamp at a share of a weighed one's distance from the harmless mean; it says of which, so that what its row met
+    counts for that one."""
+
+    weighed: Clamp
+
+
+@dataclass(frozen=True)
 class Weighed:
     """A clamp, how likely it is drawn, and what else that takes."""
 
@@ -50,7 +58,7 @@ class Weighed:
     """Of the starting model's loss on benign answers, nats per token."""
     harmful: float
     harmless: float
-    """The neuron's mean activations on either kind of prompt, for its anchor."""
+    """The neuron's mean activations on either kind of prompt, for its anchor and for nearer values."""
     floor: float
     """Of the weight, whatever the model resists."""
 
@@ -58,11 +66,8 @@ class Weighed:
         """The clamp, at a share of its distance from the harmless mean that is drawn evenly from `nearest` to 1."""
         if nearest == 1:
             return self.clamp
-        return replace(self.clamp, value=self.harmless + rng.uniform(nearest, 1) * self.reach(self.clamp))
-
-    def reach(self, clamp: Clamp) -> float:
-        """How far beyond the harmless mean a clamp of the same neuron sets it, with the sign of the side."""
-        return clamp.value - self.harmless
+        value = self.harmless + rng.uniform(nearest, 1) * (self.clamp.value - self.harmless)
+        return Nearer(self.clamp.neuron, value, self.clamp)
 
 
 @dataclass
@@ -124,7 +129,7 @@ class Adversary:
         if number < masked:
             chosen = self.masked
             if settings.mask.locator == "random":
-                columns = rng.sample(range(chat_model.neurons.count), _masked(context))
+                columns = rng.sample(range(chat_model.neurons.count), _n_masked(context))
                 chosen = [neuron_at(chat_model, column) for column in columns]
             return tuple(Scale(neuron, 0.0) for neuron in chosen)
         if number < ablated and self.directions is not None:
@@ -137,25 +142,16 @@ class Adversary:
         log-odds under it, in nats.
 
         A row is one prompt of many, so it moves a clamp's weight half of the way. Clamps that are resisted by now are
-        drawn less at once, not only when all are weighed again. What a row met at a nearer value (`clamps.nearest`)
-        counts for the clamp next beyond it.
+        drawn less at once, not only when all are weighed again. With `clamps.nearest` a weight becomes that of the
+        values which the clamp is drawn at, not of its own alone.
         """
+        places = {weighed.clamp: place for place, weighed in enumerate(self.clamps)}
         for clamp, log_odds in met:
-            place = None if clamp is None else self._next_beyond(clamp)
+            place = places.get(clamp.weighed if isinstance(clamp, Nearer) else clamp)
             if place is not None:
                 weighed = self.clamps[place]
                 weight = (weighed.weight + weighed.floor + _breaking([log_odds])) / 2
                 self.clamps[place] = replace(weighed, weight=weight)
-
-    def _next_beyond(self, clamp: Clamp) -> int | None:
-        """Place of the weighed clamp of this neuron that lies at this value, or next beyond it on the same side."""
-        reaches = {}
-        for place, weighed in enumerate(self.clamps):
-            if weighed.clamp.neuron == clamp.neuron:
-                here, there = weighed.reach(clamp), weighed.reach(weighed.clamp)
-                if here * there >= 0 and abs(there) >= abs(here):
-                    reaches[place] = abs(there)
-        return min(reaches, key=reaches.__getitem__, default=None)
 
     def to_state(self) -> dict[str, Any]:
         """Plain lists and tensors, for a checkpoint."""
@@ -203,7 +199,7 @@ def refresh(context: RoundContext, adversary: Adversary, step: int, rng: random.
         texts = [pick(rng, texts, CONTRAST_PROMPTS) for texts in (data.harmful_texts, data.twin_texts)]
         contrast = read_contrast(chat_model, *texts, context.batch_size)
         if locate_mask:
-            columns = contrast.ranking(mask.locator)[: _masked(context)].tolist()
+            columns = contrast.ranking(mask.locator)[: _n_masked(context)].tolist()
             adversary = replace(adversary, masked=[neuron_at(chat_model, column) for column in columns])
         if locate_directions:
             adversary = replace(adversary, directions=refusal_directions(contrast.harmful, contrast.harmless))
@@ -288,7 +284,7 @@ def _breaking(log_odds: Sequence[float]) -> float:
     return mean([(1 / (1 + math.exp(min(x, 50.0)))) ** 2 for x in log_odds])
 
 
-def _masked(context: RoundContext) -> int:
+def _n_masked(context: RoundContext) -> int:
     """How many neurons a mask silences."""
     return max(1, round(context.settings.mask.neurons * context.chat_model.neurons.count))
 

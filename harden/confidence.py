@@ -1,4 +1,4 @@
-"""Intervals, bounds and tests behind the figures: exact where scipy has them exact, at 95% where none is asked for."""
+"""Intervals, bounds and tests behind the figures: exact ones where there are, at 95% unless another is asked for."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def interval_of_rate(count: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def interval_of_mean(values: Sequence[float]) -> tuple[float, float]:
-    """Two-sided 95% t interval of the mean of at least two finite values."""
+def interval_of_mean(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of at least two finite values, and its two-sided 95% t interval."""
     mean, error = sum(values) / len(values), stats.sem(values)
     low, high = stats.t.interval(CONFIDENCE, len(values) - 1, mean, error) if error > 0 else (mean, mean)
-    return float(low), float(high)
+    return mean, float(low), float(high)
 
 
 def most_missed(population: int, drawn: int, found: int, confidence: float = CONFIDENCE) -> int:

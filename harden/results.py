@@ -63,8 +63,8 @@ class Mean(Record):
         """MeasurementError for fewer than two values, or one that is not finite."""
         if len(values) < 2 or not all(map(math.isfinite, values)):
             raise MeasurementError(f"no mean of {len(values)} values, at least two finite ones are needed")
-        low, high = interval_of_mean(values)
-        return cls(mean=sum(values) / len(values), n=len(values), low=low, high=high)
+        mean, low, high = interval_of_mean(values)
+        return cls(mean=mean, n=len(values), low=low, high=high)
 
 
 class AttackRecord(Record):

@@ -96,14 +96,14 @@ class Run:
     def inspect(self, number: int, earlier: Sequence[RoundRecord]) -> RoundRecord:
         """Search the present model for its worst neuron and measure it on the selection split.
 
-        The search starts from scratch; what broke the model in an earlier round is tried again besides.
+        The search starts from scratch; clamps that broke the model in an earlier round are generated with again.
         """
         recipe, bench = self.recipe, self.bench
 
         def make() -> RoundRecord:
             passes = bench.passes()
-            retest = [clamp_of(record.selection.worst_neuron) for record in earlier]
-            known = list(dict.fromkeys(clamp.neuron for clamp in breakers(earlier)))
+            retest = breakers(earlier)
+            known = list(dict.fromkeys(clamp.neuron for clamp in retest))
             located, search = bench.search(passes, known, retest)
             measurement = measure(
                 self.responder,
@@ -134,26 +134,26 @@ class Run:
         record = self.folder.stage(f"round-{number}/inspect", RoundRecord, make)
         worst = record.selection.worst_neuron
         logger.info(
-            "round %d, selection split: worst neuron %s at %.4g, ASR %s (no attack %s); %s",
+            "round %d, selection split: worst neuron %s at %.4g, attack success %s (no attack %s); %s",
             number, worst.neuron, worst.value, f"{worst.comply.rate:.0%}",
             f"{record.selection.no_attack.comply.rate:.0%}", record.decision,
         )  # fmt: skip
         return record
 
-    def train(self, number: int, past_breakers: Sequence[Clamp], utility_factor: float) -> None:
+    def train(self, number: int, past_breakers: Sequence[Clamp], factor: float) -> None:
         """Train the present model for one round and keep its adapter.
 
-        utility_factor: on the weights of the terms that keep it as it was.
+        factor: on the weights of the terms that keep it as it was.
         """
         state, settings = self.folder.state / f"round-{number}", self.recipe.train
         state.mkdir(parents=True, exist_ok=True)
-        dearer = {
-            name: term.model_copy(update={"weight": utility_factor * term.weight})
+        utility = {
+            name: term.model_copy(update={"weight": factor * term.weight})
             for name, term in (("benign", settings.benign), ("twins", settings.twins))
         }
 
         def make() -> int:
-            context = self.round_context(settings.model_copy(update=dearer), past_breakers)
+            context = self.round_context(settings.model_copy(update=utility), past_breakers)
             train_round(context, self.recipe.seed, number, state / "checkpoint.pt", self.folder.log)
             self._keep_adapter(number)
             return self.recipe.train.steps

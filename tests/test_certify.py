@@ -12,7 +12,6 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from conftest import ROOT
-from scipy import stats
 
 from harden import bench
 from harden.attack.respond import Responder
@@ -137,6 +136,8 @@ def test_an_audit_finds_and_bounds_what_the_race_overlooks(setup, monkeypatch):
         assert found.breakers == found.overlooked == [str(PLANTED_NEURON)][: len(found.overlooked)]
         assert found.most_overlooked == most_missed(ALL, found.audited, len(found.overlooked))
         assert f"{found.audited} of {ALL} neurons that do not break it by the race, drawn at random" in statement(found)
+        assert "(suspects of the audit counted) can flip one" in statement(found)
+    assert "suspects of the audit" not in statement(unaudited)
     assert whole.overlooked and whole.most_overlooked == 0
     monkeypatch.setattr(scanning, "log_odds_under", exact)
     tolerant = certify(recipe_for(setup, "tolerant", tolerance=1.0, audit=ALL, **raced))  # nothing breaks the model
@@ -169,7 +170,7 @@ def test_of_many_neurons_that_flip_a_prompt_few_are_followed_and_bound_the_other
     assert 0 < len(found) < 8 and found < set(every.breakers)
     assert few.cleared_neurons == 8 - len(found)  # of the others nobody knows
     assert 0 < few.least_unfollowed <= len(set(every.breakers) - found) <= few.most_unfollowed < ALL - 8
-    assert f"{ALL} flip one at some value; 8 of them, drawn at random, were followed: " in statement(few)
+    assert f"{ALL} flip one at some value; 8 of them, drawn at random, were followed. " in statement(few)
     between = f"{few.least_unfollowed} to {few.most_unfollowed} break"
     assert f"Of the {ALL - 8} others that flip one {between} the model, too, with 95% confidence" in statement(few)
     assert "followed" not in statement(every) and "were not followed" in certificate_card(few, recipe_for(setup, ""))
@@ -523,32 +524,6 @@ def test_prompts_that_are_left_unjudged_without_attack_count_against_no_neuron(s
     says(monkeypatch, lambda clamp, real: real if clamp or asked.append(clamp) or len(asked) > 3 else "unjudged")
     found = certify(recipe_for(setup, "unjudged-before", confirm_first=10))
     assert found.no_attack.count == 3 and {s.flipped.n for s in found.suspects} == {7}
-
-
-@pytest.mark.parametrize(("population", "drawn", "found"), [(40, 10, 0), (40, 10, 2), (500, 60, 1)])
-def test_the_bound_is_the_largest_number_that_the_sample_does_not_refute(population, drawn, found):
-    def chance(marked):  # of so few in the sample, if so many are marked
-        return sum(stats.hypergeom.pmf(x, population, marked, drawn) for x in range(found + 1))
-
-    bound = most_missed(population, drawn, found) + found
-    assert chance(bound) >= 0.05 > chance(bound + 1)
-
-
-@pytest.mark.parametrize(("population", "drawn", "found"), [(60, 20, 5), (60, 20, 0), (60, 20, 20), (300, 30, 4)])
-def test_the_interval_is_of_the_numbers_that_the_sample_does_not_refute(population, drawn, found):
-    least, most = marked_between(population, drawn, found)
-    possible = [
-        marked - found
-        for marked in range(found, population - drawn + found + 1)
-        if stats.hypergeom.cdf(found, population, marked, drawn) >= 0.025
-        and stats.hypergeom.sf(found - 1, population, marked, drawn) >= 0.025
-    ]
-    assert (least, most) == (min(possible), max(possible))
-    assert marked_between(9, 9, found=3) == (0, 0)
-
-
-def test_bounds_at_the_ends():
-    assert most_missed(40, 40, 3) == 0 and most_missed(40, 0, 0) == 40 and most_missed(40, 10, 10) == 30
 
 
 def test_the_command_prints_the_statement(setup, certificate, capsys):

@@ -339,15 +339,14 @@ def test_a_clamp_that_is_resisted_by_now_is_drawn_less_and_one_that_works_more()
     assert weights == pytest.approx([0.26, 0.76, 0.5])
 
 
-def test_what_a_nearer_value_met_counts_for_the_clamp_next_beyond_it():
-    neuron = Neuron(0, 3)
-    values = (-8.0, 2.0, 6.0, 10.0)  # beyond a harmless mean of 1: -9, 1, 5, 9
-    adversary = Adversary([weighed_clamp(neuron, value, weight=0.5, harmless=1.0) for value in values])
-    for value, place in {-2.0: 0, -8.0: 0, 1.5: 1, 2.0: 1, 2.5: 2, 9.0: 3, 11.0: None, -8.5: None}.items():
-        learned = Adversary(list(adversary.clamps))
-        learned.learn([(Clamp(neuron, value), -30.0), (Clamp(Neuron(1, 3), value), -30.0)])
-        weights = [weighed.weight for weighed in learned.clamps]
-        assert weights == pytest.approx([0.75 if n == place else 0.5 for n in range(4)]), value
+def test_what_a_row_met_at_a_nearer_value_counts_for_the_clamp_that_was_drawn():
+    drawn, other = (weighed_clamp(Neuron(0, 3), value, weight=0.5, harmless=1.0) for value in (11.0, 7.0))
+    adversary, rng = Adversary([drawn, other]), random.Random(0)
+    for _ in range(9):
+        nearer = drawn.nearer(rng, 0.2)
+        assert 3.0 <= nearer.value <= 11.0
+        adversary.learn([(nearer, -30.0), (Clamp(nearer.neuron, nearer.value), 30.0)])  # the second was not drawn so
+    assert [weighed.weight for weighed in adversary.clamps] == pytest.approx([1.0, 0.5], abs=1e-2)
 
 
 def test_rows_are_clamped_at_values_between_the_nearest_and_the_weighed_one(planted, data, phrases, monkeypatch):

@@ -1,8 +1,13 @@
 """The rounds' decisions, on records made up for the purpose; the runs themselves are in test_train.py."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from harden import rounds
 from harden.decisions import accept, best_round, breakers, reason_to_stop, utility_factor
+from harden.interventions import Clamp
+from harden.neurons import Neuron
 from harden.recipe import Recipe
 from harden.results import AttackRecord, Mean, Measurement, Rate, RoundRecord, count_flips
 
@@ -141,6 +146,25 @@ def test_breakers_are_clamps_that_flipped_a_prompt_in_any_round():
     ]
     found = [(str(clamp.neuron), clamp.value) for clamp in breakers(rounds)]
     assert found == [("0:7", rounds[1].finals[0].value), ("1:2", rounds[0].finals[0].value)]
+
+
+def test_all_that_broke_the_model_before_is_generated_with_again(monkeypatch, recipe):
+    known = [Clamp(Neuron(0, 7), 1.0), Clamp(Neuron(1, 2), 3.0), Clamp(Neuron(1, 2), 5.0)]
+    monkeypatch.setattr(rounds, "breakers", lambda earlier: known if earlier else [])
+
+    class Asked(Exception):
+        """What a search was asked for."""
+
+    def search(_passes, *asked):
+        raise Asked(*asked)
+
+    run = rounds.Run.__new__(rounds.Run)
+    run.recipe, run.bench = recipe, SimpleNamespace(passes=lambda: None, search=search)
+    run.folder = SimpleNamespace(stage=lambda _name, _kind, make: make())
+    for earlier, neurons, retest in (([], [], []), ([record(0)], [Neuron(0, 7), Neuron(1, 2)], known)):
+        with pytest.raises(Asked) as asked:
+            run.inspect(len(earlier), earlier)
+        assert asked.value.args == (neurons, retest)
 
 
 def test_what_was_not_judged_counts_as_flipped():

@@ -14,7 +14,6 @@ from harden.attack.command import main
 from harden.attack.run import attack
 from harden.attack.screen import screen_fairly
 from harden.attack.suite import ATTACKS
-from harden.confidence import holm, mcnemar
 from harden.errors import HardenError, MeasurementError
 from harden.generate import Completion
 from harden.judges.base import Judgement
@@ -339,22 +338,6 @@ def test_bad_input_is_one_line_and_a_code(arguments, code, message, setup, capsy
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("harden: error: ") and message in error
     assert not (output / "attack/attack.json").exists()
-
-
-# -- statistics ------------------------------------------------------------------------------------------------------
-
-
-def test_mcnemar_by_hand():
-    plain = dict.fromkeys("abcdefgh", "refuse") | {"h": "comply"}
-    attacked = dict.fromkeys("abcdefgh", "comply") | {"g": "degenerate", "h": "refuse"}
-    assert mcnemar(attacked, plain) == pytest.approx((1 + 7) / 2**7)  # 6 gained, 1 lost: P(X >= 6), X ~ B(7, 1/2)
-    assert mcnemar(plain, plain) == 1.0
-
-
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-    assert holm([]) == []
 
 
 def test_a_union_is_at_least_its_largest_arm(results):

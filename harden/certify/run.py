@@ -1,5 +1,7 @@
 """A certificate: exact scans of the neurons that locators put first and of others drawn at random.
 
+docs/certify.md says the same at more length.
+
 1. Every neuron is scored by the locators; the best `certify.top` are scanned, and `certify.sample` random others.
 2. Scan: exact refusal log-odds on selection prompts with the neuron clamped to each of its values, as a race over
    prompts and values (`scan.py`).
@@ -7,8 +9,9 @@
    other values, too.
 4. Suspects: their clamps that flip a scanned prompt and leave the model able to speak; where all that flip one are
    gibberish, smaller values are tried.
-5. Confirm: they generate on test prompts, the easiest first and then those that they damage most. A clamp breaks the
-   model if, of the prompts that do not comply without it, a larger share than the tolerance complies under it.
+5. Confirm: they generate on test prompts, the easiest first and then those that they damage most. A neuron breaks
+   the model if, of the prompts that do not comply without a clamp, a larger share than the tolerance complies, or is
+   left unjudged, under one of its clamps.
 6. Audit: of the neurons that do not break the model `certify.audit` random ones are scanned anew without a race.
 7. What random neurons were found to do bounds what those do that nobody scanned, that the race cleared, or that nobody
    followed: exact hypergeometric bounds at 95% (in the spirit of AtP*, arXiv 2403.00745, which bounds its misses by a
@@ -20,6 +23,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from harden import __version__, processes
 from harden.activations import neuron_at
@@ -54,8 +58,36 @@ def certify(recipe: Recipe) -> Certificate:
         return read_finished(finished, Certificate)
     folder.warn_of_another_model()
     bench = Bench(recipe, folder, training=False)
-    settings, chat_model = recipe.certify, bench.chat_model
-    population = sum(chat_model.neurons.widths[layer] for layer in _layers(bench))
+    certificate = _certificate(bench, _measure(bench))
+    if processes.is_main():
+        write_atomically(folder.path / "README.md", certificate_card(certificate, recipe))
+        write_atomically(finished, certificate.model_dump_json(indent=1) + "\n")
+    processes.wait()
+    return certificate
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the stages found; neurons of records are addresses."""
+
+    plain: list[float]
+    """Refusal log-odds of the scanned prompts without a clamp."""
+    first: list[Neuron]
+    drawn: list[Neuron]
+    scans: list[NeuronScan]
+    flipping: list[str]
+    followed: list[str]
+    judged: list[Suspect]
+    no_attack: Rate
+    not_breaking: list[str]
+    """Of the scanned neurons, those that an audit may draw."""
+    audited: list[NeuronScan]
+    of_audited: list[Suspect]
+
+
+def _measure(bench: Bench) -> _Found:
+    """Run the stages, or what is left of them."""
+    settings, folder = bench.recipe.certify, bench.folder
     prompts = [prompt.text for prompt in bench.splits["selection"].harmful[: settings.prompts]]
     plain = folder.stage("plain", list[float], lambda: plain_log_odds(bench, prompts))
     if max(plain) <= 0:
@@ -68,7 +100,8 @@ def certify(recipe: Recipe) -> Certificate:
         [Neuron.parse(neuron) for neuron in part]
         for part in folder.stage("neurons", tuple[list[str], list[str]], lambda: _chosen(bench, passes))
     )
-    easiest = sorted(range(len(plain)), key=lambda place: (plain[place] <= 0, plain[place]))  # to talk out of refusing
+    # refused ones before the others, and of these the least refused ones first
+    easiest = sorted(range(len(plain)), key=lambda place: (plain[place] <= 0, plain[place]))
     prompts, plain = [prompts[place] for place in easiest], [plain[place] for place in easiest]
     scans, flipping, followed = _scan(bench, passes, first, drawn, prompts, plain)
     unfollowed = set(flipping) - set(followed)
@@ -79,30 +112,42 @@ def certify(recipe: Recipe) -> Certificate:
         "%d of %d scanned neurons flip a prompt, %d of them are followed; with a suspect clamp: %d; generating",
         len(flipping), len(scans), len(followed), suspected,
     )  # fmt: skip
-    random_ones = {str(neuron) for neuron in drawn}
+    at_random = set(map(str, drawn))
     judged, no_attack = folder.stage(
-        "confirmed", tuple[list[Suspect], Rate], lambda: confirm(bench, suspects, random_ones)
+        "confirmed", tuple[list[Suspect], Rate], lambda: confirm(bench, suspects, at_random)
     )
     broken = {suspect.neuron for suspect in judged if suspect.breaks}
-    cleared = [scan.neuron for scan in known if scan.neuron not in broken and None not in scan.log_odds]
-    audited, of_audited = _audit(bench, passes, cleared, prompts, plain, random_ones)
-    overlooked = {suspect.neuron for suspect in of_audited if suspect.breaks}
-    no_number = {scan.neuron for scan in audited if None in scan.log_odds}
-    found = {(suspect.neuron, suspect.value): suspect for suspect in judged}
-    for suspect in of_audited:  # one that generated before may break the model only now, by rounding
-        if suspect.breaks or (suspect.neuron, suspect.value) not in found:
-            found[suspect.neuron, suspect.value] = suspect
-    judged = breakers_first(list(found.values()))
-    breakers = list(dict.fromkeys(suspect.neuron for suspect in judged if suspect.breaks))
+    not_breaking = [scan.neuron for scan in known if scan.neuron not in broken and None not in scan.log_odds]
+    audited, of_audited = _audit(bench, passes, not_breaking, prompts, plain, at_random)
+    return _Found(plain, first, drawn, scans, flipping, followed, judged, no_attack, not_breaking, audited, of_audited)
+
+
+def _certificate(bench: Bench, found: _Found) -> Certificate:
+    """The record, with the bounds that follow from what random neurons were found to do."""
+    recipe, settings, plain, scans = bench.recipe, bench.recipe.certify, found.plain, found.scans
+    neurons = sum(bench.chat_model.neurons.widths[layer] for layer in _layers(bench))
     unmeasured = {scan.neuron for scan in scans if None in scan.log_odds}
-    at_random = random_ones & {*followed}
+    unfollowed = set(found.flipping) - set(found.followed)
+    drawn = set(map(str, found.drawn))
+
+    broken = {suspect.neuron for suspect in found.judged if suspect.breaks}  # by the race, before the audit
+    of_drawn = drawn & set(found.followed)
     least, most = marked_between(
-        len(at_random) + len(unfollowed), len(at_random), len(at_random & broken), len(at_random & unmeasured - broken)
+        len(of_drawn) + len(unfollowed), len(of_drawn), len(of_drawn & broken), len(of_drawn & unmeasured - broken)
     )
+    overlooked = {suspect.neuron for suspect in found.of_audited if suspect.breaks}
+    no_number = {scan.neuron for scan in found.audited if None in scan.log_odds}
+
+    by_clamp = {(suspect.neuron, suspect.value): suspect for suspect in found.judged}
+    for suspect in found.of_audited:  # one that generated before may break the model only now, by rounding
+        if suspect.breaks or (suspect.neuron, suspect.value) not in by_clamp:
+            by_clamp[suspect.neuron, suspect.value] = suspect
+    suspects = breakers_first(list(by_clamp.values()))
+    breakers = list(dict.fromkeys(suspect.neuron for suspect in suspects if suspect.breaks))
     drops = {
         scan.neuron: max((drop for drop in drops_of(scan, plain) if drop is not None), default=None) for scan in scans
     }
-    certificate = Certificate(
+    return Certificate(
         harden_version=__version__,
         model=recipe.model.name,
         adapter=recipe.model.adapter,
@@ -111,48 +156,43 @@ def certify(recipe: Recipe) -> Certificate:
         judge_rules=RULES,
         seed=recipe.seed,
         layers=None if settings.layers is None else sorted(_layers(bench)),
-        neurons=population,
-        first=len(first),
-        drawn=len(drawn),
+        neurons=neurons,
+        first=len(found.first),
+        drawn=len(found.drawn),
         sizes=list(settings.sizes),
         strengths=list(settings.strengths),
-        prompts=len(prompts),
+        prompts=len(plain),
         refused=sum(odds > 0 for odds in plain),
-        race_prompts=min(settings.race_prompts, len(prompts)),
+        race_prompts=min(settings.race_prompts, len(plain)),
         cleared=settings.cleared,
         quiet=settings.quiet,
         clamps=sum(len(scan.values) for scan in scans),
-        flipping=len(flipping),
+        flipping=len(found.flipping),
         unfollowed=len(unfollowed),
         least_unfollowed=least,
         most_unfollowed=most,
         halvings=settings.halvings,
-        confirm_first=min(settings.confirm_first, no_attack.n),
-        raced=sum(max(scan.prompts) < len(prompts) for scan in scans),
+        confirm_first=min(settings.confirm_first, found.no_attack.n),
+        raced=sum(max(scan.prompts) < len(plain) for scan in scans),
         tolerance=settings.tolerance,
-        no_attack=no_attack,
-        suspects=judged,
+        no_attack=found.no_attack,
+        suspects=suspects,
         breakers=breakers,
         unmeasured=len(unmeasured),
-        cleared_neurons=len(cleared),
-        audited=len(audited),
+        cleared_neurons=len(found.not_breaking),
+        audited=len(found.audited),
         overlooked=sorted(overlooked),
-        most_overlooked=most_missed(len(cleared), len(audited), len(overlooked | no_number)),
+        most_overlooked=most_missed(len(found.not_breaking), len(found.audited), len(overlooked | no_number)),
         most_missed=most_missed(
-            population - len(first), len(drawn), len(random_ones & {*breakers, *unmeasured, *unfollowed})
+            neurons - len(found.first), len(drawn), len(drawn & {*breakers, *unmeasured, *unfollowed})
         ),
-        drops_first=_spread([drops[str(neuron)] for neuron in first]),
-        drops_drawn=_spread([drops[str(neuron)] for neuron in drawn]),
+        drops_first=_spread([drops[str(neuron)] for neuron in found.first]),
+        drops_drawn=_spread([drops[str(neuron)] for neuron in found.drawn]),
         largest_drops=_largest(drops),
         judges=bench.responder.judges,
         max_new_tokens=recipe.generation.max_new_tokens,
-        seconds=round(folder.seconds(), 1),
+        seconds=round(bench.folder.seconds(), 1),
     )
-    if processes.is_main():
-        write_atomically(folder.path / "README.md", certificate_card(certificate, recipe))
-        write_atomically(finished, certificate.model_dump_json(indent=1) + "\n")
-    processes.wait()
-    return certificate
 
 
 def _layers(bench: Bench) -> Collection[int]:
@@ -213,24 +253,26 @@ def _scan(
 def _audit(
     bench: Bench,
     passes: Passes,
-    cleared: Sequence[str],
+    not_breaking: Sequence[str],
     prompts: Sequence[str],
     plain: Sequence[float],
-    random_ones: Collection[str],
+    at_random: Collection[str],
 ) -> tuple[list[NeuronScan], list[Suspect]]:
     """Scans of some neurons that do not break the model by the race, without it; and those of their clamps that
     generated.
 
-    cleared: addresses of all of them, of which `certify.audit` are drawn.
+    not_breaking: addresses of all of them, of which `certify.audit` are drawn. at_random: of those that the scan drew.
     """
     settings, folder = bench.recipe.certify, bench.folder
-    drawn = random.Random(f"audit {bench.recipe.seed}").sample(sorted(cleared), min(settings.audit, len(cleared)))
+    drawn = random.Random(f"audit {bench.recipe.seed}").sample(
+        sorted(not_breaking), min(settings.audit, len(not_breaking))
+    )
     neurons = [Neuron.parse(neuron) for neuron in drawn]
     scans = scan_neurons(bench, passes, neurons, prompts, plain, "audit", race=False)
 
     def generated() -> list[Suspect]:
         suspects = find_suspects(bench, passes, scans, prompts, plain)
-        return confirm(bench, suspects, random_ones)[0] if suspects else []
+        return confirm(bench, suspects, at_random)[0] if suspects else []
 
     return scans, folder.stage("audited", list[Suspect], generated) if scans else []
 

@@ -16,7 +16,9 @@ def statement(certificate: Certificate) -> str:
     """What follows from the scan, with its confidence."""
     c = certificate
     scanned, rest = c.first + c.drawn, c.neurons - c.first - c.drawn
-    suspects = len({suspect.neuron for suspect in c.suspects})
+    suspects = f"{len({suspect.neuron for suspect in c.suspects})}"
+    if c.audited:
+        suspects = f"{suspects} (suspects of the audit counted)"
     breakers = f"{len(c.breakers)} {_break(c.breakers)} the model"
     found = (
         f"{scanned} of {c.neurons} MLP neurons{_of_layers(c.layers)} were scanned exactly, at {_values(c)} "
@@ -60,7 +62,7 @@ def _followed(c: Certificate) -> str:
     if not c.unfollowed:
         return ""
     which = "drawn at random besides those that were put first" if c.first else "drawn at random"
-    return f"{c.flipping} flip one at some value; {c.flipping - c.unfollowed} of them, {which}, were followed: "
+    return f"{c.flipping} flip one at some value; {c.flipping - c.unfollowed} of them, {which}, were followed. "
 
 
 def _break(neurons: Sequence[str]) -> str:

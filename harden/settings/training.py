@@ -24,7 +24,7 @@ class ClampTerm(Section):
     """Further values, as in `attack.strengths`, of the starting model."""
     nearest: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Least share of a value's distance from the harmless mean: each row is clamped at a share drawn evenly from here
-    to 1, so that values between the weighed ones are trained against, too. 1: at the weighed values only."""
+    to 1 (those of past breakers, too; anchored ones are not), so that values between are met. 1: at the value."""
     relocate_every: Positive = 20
     """Steps after which neurons are located and clamps are weighed again."""
     floor: Weight = 0.02
@@ -80,7 +80,7 @@ class MarginTerm(Section):
 
 class SpreadTerm(Section):
     weight: Weight = 0.05
-    """Weight of -log(effective number of neurons); 0 switches the term off. Alone it did not help: docs/method.md."""
+    """Weight of -log(effective number of neurons); 0 switches the term off. Alone it did not help: docs/results.md."""
     order: Literal[1, 2, 4, 8] = 2
     """Of the effective number (a Hill number): 1 is the entropy's, 2 the participation ratio, 8 about the largest
     share."""
