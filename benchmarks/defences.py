@@ -3,14 +3,14 @@
     python benchmarks/defences.py --output OUT [--recipes RECIPE.yaml ...] [--seeds 0 1 2] [--suite RECIPE.yaml] \\
         [--jobs 1] [--cells FILE.jsonl] [--train.steps 34 ...]
 
-One round of training per recipe and seed, all of as many steps, except `thorough.yaml`, `baselines/longer.yaml` and
-`baselines/sft-longer.yaml`. Recipes that train under clamps are told which clamps broke the model before, as in a run
-of theirs: those that flipped a selection prompt in the suite's attack on it. Options of a recipe change all of them
-alike, the suite's too. Everything is a run folder OUT/<name>/seed-<n>, goes on where it was interrupted, and is read
-again when it is complete; OUT/start/seed-0 is the model before.
+One round of training per recipe and seed: of 66 steps, except `harden.yaml`, `baselines/nearer.yaml` and
+`baselines/sft-longer.yaml` (132) and `baselines/longer.yaml` (198). Recipes that train under clamps are told which
+clamps broke the model before, as in a run of theirs: those that flipped a selection prompt in the suite's attack on
+it. Options of a recipe change all of them alike, the suite's too. Everything is a run folder OUT/<name>/seed-<n>,
+goes on where it was interrupted, and is read again when it is complete; OUT/start/seed-0 is the model before.
 
 The figures of a finished cell are added to --cells (OUT/cells.jsonl), and a cell that is there is not run: that file is
-all that must be kept to go on elsewhere. Those of docs/method.md, made with --model.dtype bfloat16, are in
+all that must be kept to go on elsewhere. Those of docs/results.md, made with --model.dtype bfloat16, are in
 benchmarks/measured/defences.jsonl.
 
 --jobs N trains and attacks so many at once, each in a process of its own: a small model leaves most of a GPU idle.
@@ -19,7 +19,7 @@ Seconds per step then say nothing.
 Prints two Markdown tables of what is finished, at first and after each cell, one row per recipe: the mean over the
 seeds and, in brackets, the least and the most; rates and the rise of perplexity in percent, benign KL in nats per
 token. All figures are of the test split, the same prompts for all seeds. Writes OUT/frontier.png: attack success
-against benign KL and over-refusal; and OUT/plots/, where the attacks on the recipes of `PLOTTED` are (first seed).
+against benign KL and over-refusal; and OUT/plots/: the attacks in the folders of `PLOTTED`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from harden.schema import merge
 
 RECIPES = Path(__file__).parents[1] / "recipes/smollm2-135m"
 SEED = 0  # that of the brittle adapter, whose training met its train split: runs of all seeds keep to its test split
-PLOTTED = ("start", *(f"smollm2-135m-{name}" for name in ("sft", "spread-only", "hardened")))
+PLOTTED = ("start/seed-0", *(f"smollm2-135m-{name}/seed-1" for name in ("sft", "spread-only", "hardened")))
 LEVERAGE_SIZES, LEVERAGE_PROMPTS = (-10.0, 10.0), 16
 
 
@@ -94,7 +94,7 @@ class Cell(Record):
 
 def main() -> int:
     parser = command_parser("benchmarks/defences.py", __doc__)
-    known = [RECIPES / "harden.yaml", RECIPES / "thorough.yaml", *sorted((RECIPES / "baselines").glob("*.yaml"))]
+    known = [RECIPES / "short.yaml", RECIPES / "harden.yaml", *sorted((RECIPES / "baselines").glob("*.yaml"))]
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--recipes", nargs="+", type=Path, default=known)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -207,11 +207,10 @@ def show(done: dict[int, Cell], output: Path) -> None:
 
 
 def draw_attacks(output: Path) -> None:
-    """Plots of the attacks on the recipes of `PLOTTED`, as far as they are finished in their folders."""
-    folders = {name: output / name / f"seed-{SEED}" for name in PLOTTED}
-    finished = {name: folder for name, folder in folders.items() if (folder / "attack/attack.json").exists()}
+    """Plots of the attacks in the folders of `PLOTTED`, as far as they are finished."""
+    finished = [output / name for name in PLOTTED if (output / name / "attack/attack.json").exists()]
     if len(finished) > 1:
-        runs = [read_run(folder, name.removeprefix("smollm2-135m-")) for name, folder in finished.items()]
+        runs = [read_run(folder, folder.parent.name.removeprefix("smollm2-135m-")) for folder in finished]
         write_plots(output / "plots", report(runs).figures)
 
 
@@ -233,9 +232,10 @@ def add_cell(path: Path, cell: Cell) -> None:
 
 
 def measured(recipe: Recipe, suite: Recipe, told: Sequence[str] | None) -> str:
-    """What a cell hangs on, in short; where its folders are is left out, and how a certificate would be made."""
+    """What a cell hangs on, in short; where its folders are is left out, and how a certificate would be made. The model
+    before (told: None) is attacked by the suite alone."""
     left_out = {"output": True, "model": {"adapter"}, "certify": True}
-    start = left_out if told is not None else left_out | {"train": True, "rounds": True, "save": True}
+    start = left_out if told is not None else left_out | {"attack": True, "train": True, "rounds": True, "save": True}
     content = [recipe.model_dump(mode="json", exclude=start), suite.model_dump(mode="json", exclude=left_out)]
     adapter = recipe.model.adapter and Path(recipe.model.adapter).name
     return hashlib.sha256(json.dumps([content, adapter, told or (), RULES, SUITE_VERSION]).encode()).hexdigest()[:16]

@@ -156,8 +156,8 @@ def test_plots_are_drawn_from_the_records_of_attacks_alone(tmp_path, monkeypatch
     changes = {"output": str(tmp_path / "run"), "suite": {"attacks": ["prefill"]}, "attack": {"test_prompts": 8}}
     attack(load_recipe(ROOT / "recipes/planted/harden.yaml", changes))
     benchmark = loaded("defences", monkeypatch)
-    for name, plots in (("start", False), ("smollm2-135m-sft", True)):
-        records = tmp_path / "out" / name / "seed-0/attack"
+    for name, plots in (("start/seed-0", False), ("smollm2-135m-sft/seed-1", True)):
+        records = tmp_path / "out" / name / "attack"
         records.mkdir(parents=True)
         for file in ("attack.json", "recipe.yaml"):
             shutil.copy(tmp_path / "run/attack" / file, records)
