@@ -1,11 +1,11 @@
-# make harden   set up .venv, then harden the bundled model (20 to 30 minutes on 2 cores)
+# make harden   set up .venv, then harden the bundled model (20 minutes on 2 cores)
 # make test     set up .venv, then run the fast tests
 # System packages: Python 3.11 or newer with venv (Debian: apt-get install python3 python3-venv), make, git.
 PYTHON ?= python3
 BIN := .venv/bin
 # Two cores without a GPU generate faster in two processes than in two threads. (Asked for `harden` only, after `setup`.)
 ONE_PROCESS = $(BIN)/python -c 'import os, sys, torch; sys.exit(not torch.accelerator.is_available() and os.cpu_count() > 1)'
-# Without a GPU, CPUs that have no bfloat16 instructions are faster in float32.
+# Without a GPU, CPUs that have no bfloat16 instructions compute in float32.
 NO_GPU = $(BIN)/python -c 'import sys, torch; sys.exit(torch.accelerator.is_available())'
 PRECISION = $(shell $(NO_GPU) && ! grep -qs bf16 /proc/cpuinfo && echo --model.dtype float32)
 ALONE = --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no

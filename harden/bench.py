@@ -223,13 +223,11 @@ class Bench:
         named = [*map(Neuron.parse, self.recipe.attack.neurons), *(clamp.neuron for clamp in self.named_clamps)]
         return list(dict.fromkeys(named))
 
-    def search(
-        self, passes: Passes, known: Sequence[Neuron] = (), retest: Sequence[Clamp] = ()
-    ) -> tuple[list[Candidate], Search]:
+    def search(self, passes: Passes, retest: Sequence[Clamp] = ()) -> tuple[list[Candidate], Search]:
         """The neurons that are located on the selection split, and the search for the worst clamp among them.
 
-        passes: what locators read of the present model. known: neurons that are tried besides, as named ones are;
-        retest: clamps that run in the finals whatever else is found, as named ones do.
+        passes: what locators read of the present model. retest: clamps that run in the finals whatever else is found,
+        and whose neurons are tried at other values besides, as named ones are.
         """
         attack = self.recipe.attack
         candidates = select_candidates(
@@ -241,6 +239,7 @@ class Bench:
             self.named_neurons,
         )
         located = {candidate.neuron for candidate in candidates}
+        known = dict.fromkeys(clamp.neuron for clamp in retest)
         others = [passes.scores.candidate(neuron) for neuron in known if neuron not in located]
         search = search_worst_neuron(
             self.responder,

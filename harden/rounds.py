@@ -102,9 +102,7 @@ class Run:
 
         def make() -> RoundRecord:
             passes = bench.passes()
-            retest = breakers(earlier)
-            known = list(dict.fromkeys(clamp.neuron for clamp in retest))
-            located, search = bench.search(passes, known, retest)
+            located, search = bench.search(passes, breakers(earlier))
             measurement = measure(
                 self.responder,
                 "selection",
