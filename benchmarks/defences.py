@@ -3,11 +3,11 @@
     python benchmarks/defences.py --output OUT [--recipes RECIPE.yaml ...] [--seeds 0 1 2] [--suite RECIPE.yaml] \\
         [--jobs 1] [--cells FILE.jsonl] [--train.steps 34 ...]
 
-One round of training per recipe and seed: of 66 steps, except `harden.yaml`, `baselines/nearer.yaml` and
-`baselines/sft-longer.yaml` (132) and `baselines/longer.yaml` (198). Recipes that train under clamps are told which
-clamps broke the model before, as in a run of theirs: those that flipped a selection prompt in the suite's attack on
-it. Options of a recipe change all of them alike, the suite's too. Everything is a run folder OUT/<name>/seed-<n>,
-goes on where it was interrupted, and is read again when it is complete; OUT/start/seed-0 is the model before.
+One round of training per recipe and seed, of as many steps as the recipe says: 66 to 198. Recipes that train under
+clamps are told which clamps broke the model before, as in a run of theirs: those that flipped a selection prompt in
+the suite's attack on it. Options of a recipe change all of them alike, the suite's too. Everything is a run folder
+OUT/<name>/seed-<n>, goes on where it was interrupted, and is read again when it is complete; OUT/start/seed-0 is the
+model before.
 
 The figures of a finished cell are added to --cells (OUT/cells.jsonl), and a cell that is there is not run: that file is
 all that must be kept to go on elsewhere. Those of docs/results.md, made with --model.dtype bfloat16, are in
