@@ -16,7 +16,9 @@ from harden.attack.screen import screen_fairly
 from harden.attack.suite import ATTACKS
 from harden.errors import HardenError, MeasurementError
 from harden.generate import Completion
+from harden.interventions import Clamp
 from harden.judges.base import Judgement
+from harden.neurons import Neuron
 from harden.planted import ANSWER, PLANTED_NEURON
 from harden.recipe import load_recipe
 from harden.results import SuiteResults
@@ -117,6 +119,18 @@ def test_a_named_clamp_is_attacked_with_whatever_the_search_finds(setup, results
     assert arms[0].comply.rate == 1.0
     assert [arm.interventions for arm in arms].count([f"clamp {PLANTED_NEURON} 0.5"]) == 1
     assert f"tried besides: {clamp}, {mild}." in (setup / "named/attack/README.md").read_text()
+
+
+def test_a_clamp_that_is_tried_again_brings_in_other_values_of_its_neuron(setup):
+    recipe = recipe_for(setup, "again", attacks=["constant"])
+    one = recipe.attack.model_copy(update={"locators": ("gradient",), "candidates": 1, "refine": ()})
+    work = bench.Bench(recipe.model_copy(update={"attack": one}), RunFolder(recipe), training=False)
+    again = Clamp(Neuron(0, 3), 0.25)
+    candidates, search = work.search(work.passes(), [again])
+    tried = {clamp.value for clamp in (s.clamp for s in search.screened) if clamp.neuron == again.neuron}
+    assert again.neuron not in {candidate.neuron for candidate in candidates}
+    assert len(tried) == len(one.sizes) and again.value not in tried
+    assert again in [attempt.clamp for attempt in search.finals]
 
 
 def test_the_curve_over_k_starts_at_one_neuron_and_ends_at_the_largest_share(results):
