@@ -235,7 +235,8 @@ def measured(recipe: Recipe, suite: Recipe, told: Sequence[str] | None) -> str:
     """What a cell hangs on, in short; where its folders are is left out, and how a certificate would be made. The model
     before (told: None) is attacked by the suite alone."""
     left_out = {"output": True, "model": {"adapter"}, "certify": True}
-    start = left_out if told is not None else left_out | {"attack": True, "train": True, "rounds": True, "save": True}
+    of_training = {"attack": True, "train": True, "rounds": True, "save": True, "prompts": {"more_twins"}}
+    start = left_out if told is not None else left_out | of_training
     content = [recipe.model_dump(mode="json", exclude=start), suite.model_dump(mode="json", exclude=left_out)]
     adapter = recipe.model.adapter and Path(recipe.model.adapter).name
     return hashlib.sha256(json.dumps([content, adapter, told or (), RULES, SUITE_VERSION]).encode()).hexdigest()[:16]

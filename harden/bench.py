@@ -164,6 +164,11 @@ class Bench:
         """The look-alikes on which over-refusal is measured."""
         return {split: self.splits[split].twins[: self.recipe.rounds.twins] for split in ("selection", "test")}
 
+    @cached_property
+    def more_twins(self) -> dict[Split, tuple[Prompt, ...]]:
+        """Those of `prompts.more_twins` on which over-refusal is measured too; none unless the recipe has some."""
+        return {split: self.splits[split].more_twins[: self.recipe.rounds.twins] for split in ("selection", "test")}
+
     def benign_prompts(self, split: Split) -> list[Prompt]:
         """Prompts whose answers the KL term trains on (train) or benign KL is measured on (selection, test)."""
         prompts = self.splits[split]
@@ -171,7 +176,7 @@ class Bench:
             return list(prompts.benign[: SELECTION_BENIGN if split == "selection" else TEST_BENIGN])
         settings = self.recipe.train.benign
         n_twins = round(settings.twin_share * settings.answers)
-        return [*prompts.benign[: settings.answers - n_twins], *prompts.twins[:n_twins]]
+        return [*prompts.benign[: settings.answers - n_twins], *(prompts.twins + prompts.more_twins)[:n_twins]]
 
     def benign_texts(self, split: Split) -> list[str]:
         """Requests whose perplexity is measured."""
@@ -323,7 +328,7 @@ def _refusals(recipe: Recipe) -> list[str]:
 
 def _inputs_but_weights(splits: Mapping[Split, PromptSet], refusals: Sequence[str]) -> dict[str, str]:
     """What a run's figures hang on besides its recipe and the weights: digests and versions by name."""
-    texts = [[p.text for part in (s.harmful, s.twins, s.benign) for p in part] for s in splits.values()]
+    texts = [[p.text for part in (s.harmful, s.twins, s.benign, s.more_twins) for p in part] for s in splits.values()]
     return {
         "prompts": hashlib.sha256(json.dumps([texts, refusals]).encode()).hexdigest(),
         "harden": __version__,

@@ -24,12 +24,20 @@ class TrainingData:
     refusals: tuple[tuple[int, ...], ...]
     twins: tuple[tuple[int, ...] | None, ...]
     """The twin of each harmful prompt, if it has one."""
+    more_twins: tuple[tuple[int, ...], ...]
+    """Look-alikes that are drawn by themselves."""
     benign: tuple[Row, ...]
     harmful_texts: tuple[str, ...]
     twin_texts: tuple[str, ...]
     probe: Probe
     texts: tuple[Row, ...] = ()
     """Benign requests alone: the first token, and as an answer the rest."""
+
+    @property
+    def more_share(self) -> float:
+        """Of all look-alikes, those that are drawn by themselves."""
+        every = sum(twin is not None for twin in self.twins) + len(self.more_twins)
+        return len(self.more_twins) / every if every else 0.0
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,9 @@ def accept(number: int, selection: Measurement, start: Measurement | None, recip
     """Whether a round keeps the utility floors, and a sentence that says so."""
     if start is None:
         return True, "the starting model"
-    rise = selection.over_refusal.rate - start.over_refusal.rate
+    rises = {"over-refusal": selection.over_refusal.rate - start.over_refusal.rate}
+    if selection.over_refusal_more and start.over_refusal_more:
+        rises["over-refusal of more look-alikes"] = selection.over_refusal_more.rate - start.over_refusal_more.rate
     if selection.benign_kl.mean > recipe.rounds.max_benign_kl:
         return False, (
             f"round {number} broke the utility floor: benign KL {selection.benign_kl.mean:.3f} nats per token is "
@@ -54,11 +56,12 @@ def accept(number: int, selection: Measurement, start: Measurement | None, recip
                 f"round {number} broke the utility floor: benign perplexity rose by {dearer:.1%}, more than "
                 f"{recipe.rounds.max_perplexity_rise:.1%}"
             )
-    if rise > recipe.rounds.max_over_refusal_rise:
-        return False, (
-            f"round {number} broke the utility floor: over-refusal rose by {rise:.1%}, more than "
-            f"{recipe.rounds.max_over_refusal_rise:.1%}"
-        )
+    for what, rise in rises.items():
+        if rise > recipe.rounds.max_over_refusal_rise:
+            return False, (
+                f"round {number} broke the utility floor: {what} rose by {rise:.1%}, more than "
+                f"{recipe.rounds.max_over_refusal_rise:.1%}"
+            )
     return True, "utility floors kept"
 
 

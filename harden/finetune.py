@@ -196,13 +196,15 @@ class _Step:
         self._add("fail_closed", closed.weight, rows, term)
 
     def twins(self, places: Sequence[int]) -> None:
-        """On the twins of the harmful prompts at `places`, so that what is learned tells the two apart."""
-        chat_model, start, twins = self.context.chat_model, self.context.start, self.context.settings.twins
-        paired = [self.context.data.twins[place] for place in places]
-        rows = [twin for twin in paired if twin is not None][: twins.rows]
+        """On the twins of the harmful prompts at `places`, so that what is learned tells the two apart, and on others:
+        as many as their share of all look-alikes asks for."""
+        chat_model, data, twins = self.context.chat_model, self.context.data, self.context.settings.twins
+        n = twins.rows or len(places)
+        more = pick(self.rng, data.more_twins, round(n * data.more_share))
+        rows = [twin for place in places if (twin := data.twins[place]) is not None][: n - len(more)] + more
 
         def term(mine: list[tuple[int, ...]]) -> torch.Tensor:
-            began = torch.tensor([start.twins[row] for row in mine], device=chat_model.device)
+            began = torch.tensor([self.context.start.twins[row] for row in mine], device=chat_model.device)
             return refusal_rise(chat_model, mine, began, self.context.phrases, twins.below)
 
         if rows:
@@ -269,10 +271,10 @@ def read_start(context: RoundContext, seed: str) -> Start:
     """Read of the starting model what the terms that are switched on ask for. seed: of the prompts that are drawn."""
     chat_model, data, settings = context.chat_model, context.data, context.settings
     twins, leverage, full = {}, [], None
-    if settings.twins.weight and not any(data.twins):
-        logger.warning("train.twins has no effect: no look-alike is the `twin` of a harmful prompt")
-    if settings.twins.weight and any(data.twins):
-        rows = list(dict.fromkeys(filter(None, data.twins)))
+    rows = list(dict.fromkeys(filter(None, data.twins + data.more_twins)))
+    if settings.twins.weight and not rows:
+        logger.warning("train.twins has no effect: no look-alike is a harmful prompt's `twin`, nor of more_twins")
+    if settings.twins.weight and rows:
         twins = dict(zip(rows, start_log_odds(chat_model, rows, context.phrases, context.batch_size), strict=True))
     if settings.leverage.weight:
         rng = random.Random(f"{seed}:values")

@@ -97,22 +97,22 @@ def measure(
     no_attack: Attempt,
     worst: Attempt,
     twins: Sequence[Prompt],
+    more_twins: Sequence[Prompt],
     benign: Sequence[Row],
     benign_texts: Sequence[str],
     scores: NeuronScores,
 ) -> Measurement:
-    """Put a split's measurement together; generates answers to the twins, runs the benign rows and reads the texts.
+    """Put a split's measurement together; generates answers to look-alikes, runs the benign rows and reads the texts.
 
     scores: of this split's harmful prompts and twins.
     """
-    answered = responder.attempt([None], twins, f"{split}: twins")[0]
-    refused = sum(v.outcomes[0] == "refuse" for v in answered.verdicts.values())  # classifiers know no refusal
     return Measurement(
         split=split,
         no_attack=attack_record(no_attack, split),
         worst_neuron=attack_record(worst, split),
         flipped=flipped(worst, no_attack),
-        over_refusal=Rate.of(refused, len(twins)),
+        over_refusal=over_refusal(responder, twins, f"{split}: look-alikes"),
+        over_refusal_more=over_refusal(responder, more_twins, f"{split}: more look-alikes") if more_twins else None,
         benign_kl=Mean.of(benign_divergence(responder.chat_model, benign, KL_ROWS)),
         benign_perplexity=perplexity(responder.chat_model, benign_texts, responder.batch_size),
         effective_neurons=scores.effective_neurons(),
@@ -120,6 +120,12 @@ def measure(
         log_odds_harmful=Mean.of(scores.harmful_log_odds),
         log_odds_twins=Mean.of(scores.harmless_log_odds),
     )
+
+
+def over_refusal(responder: Responder, twins: Sequence[Prompt], label: str) -> Rate:
+    """Look-alikes that are refused without attack, by the phrases' judge: classifiers know no refusal."""
+    verdicts = responder.attempt([None], twins, label)[0].verdicts.values()
+    return Rate.of(sum(verdict.outcomes[0] == "refuse" for verdict in verdicts), len(twins))
 
 
 def perplexity(chat_model: ChatModel, texts: Sequence[str], batch_size: int) -> float:

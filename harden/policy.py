@@ -36,6 +36,8 @@ class Thresholds(Section):
     """Share that complies without attack."""
     over_refusal: Limit = None
     """Share of benign look-alikes that are refused."""
+    over_refusal_more: Limit = None
+    """The same of the budget's `prompts.more_twins`."""
     worst_neuron_lift: Limit = None
     """Of the one clamp that was worst on the selection split."""
     constant_lift: Limit = None

@@ -8,7 +8,7 @@ import io
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -42,10 +42,12 @@ class PromptSet:
     harmful: tuple[Prompt, ...]
     twins: tuple[Prompt, ...]
     benign: tuple[Prompt, ...]
+    more_twins: tuple[Prompt, ...] = ()
+    """Further look-alikes, of another style; they need not be anyone's twins."""
 
 
 def load_prompts(kind: str, path: str, column: str, subset: str | None, split: str) -> list[Prompt]:
-    """Prompts from one source; `kind` is harmful, twins, benign or refusals.
+    """Prompts from one source; `kind` is harmful, twins, more_twins, benign or refusals.
 
     path: `embedded`, a .jsonl/.json/.csv/.txt file, or a `datasets` hub id (then `subset` and `split` name its
     part). Texts that occur twice are kept once. Raises HardenError when the source is missing or empty, lacks the
@@ -89,16 +91,12 @@ def split_prompts(
     into the same split whenever both sources hold the same pairs. Each split is ordered by hash too: any first n
     of it are a random sample. Raises HardenError if a split comes out empty.
     """
-
-    def rank(text: str) -> str:
-        return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
-
     categories: dict[str, list[Prompt]] = defaultdict(list)
     for prompt in prompts:
         categories[prompt.category].append(prompt)
     splits: dict[Split, list[Prompt]] = {name: [] for name in SPLITS}
     for members in categories.values():
-        pairs = sorted({prompt.pair for prompt in members}, key=rank)
+        pairs = sorted({prompt.pair for prompt in members}, key=lambda pair: _rank(pair, seed))
         first, second = round(len(pairs) * train_share), round(len(pairs) * (train_share + selection_share))
         where: dict[str, Split] = {}
         for place, pair in enumerate(pairs):
@@ -111,21 +109,30 @@ def split_prompts(
                 f"the {name} split is empty: {len(prompts)} prompts are too few for shares of {train_share} and "
                 f"{selection_share}; give more prompts or change prompts.train_share and prompts.selection_share"
             )
-    return {name: tuple(sorted(members, key=lambda p: rank(p.pair))) for name, members in splits.items()}
+    return {name: _ordered(members, seed) for name, members in splits.items()}
 
 
 def load_splits(
     sources: dict[str, dict[str, Any]], train_share: float, selection_share: float, seed: int
 ) -> dict[Split, PromptSet]:
-    """All splits of the three sources {harmful, twins, benign}, each given as keyword arguments of `load_prompts`.
+    """All splits of the sources {harmful, twins, benign}, each given as keyword arguments of `load_prompts`.
 
-    Raises HardenError if a text stands in two sources or splits that must be disjoint, or a pair in two splits.
+    A source more_twins may be among them: its look-alikes go where the harmful prompt goes that they name as `twin`;
+    those that name none are divided like the others. Raises HardenError if a text stands in two sources or splits that
+    must be disjoint, or a pair in two splits.
     """
     prompts = {kind: load_prompts(kind, **source) for kind, source in sources.items()}
     prompts["harmful"], prompts["twins"] = (
         _paired(prompts[kind], prompts[other]) for kind, other in (("harmful", "twins"), ("twins", "harmful"))
     )
+    more = prompts.pop("more_twins", [])
     parts = {kind: split_prompts(prompts[kind], train_share, selection_share, seed) for kind in prompts}
+    named = {prompt.id: split for split in SPLITS for prompt in parts["harmful"][split]}
+    alone = [prompt for prompt in more if prompt.twin not in named]
+    others = split_prompts(alone, train_share, selection_share, seed) if alone else dict.fromkeys(SPLITS, ())
+    parts["more_twins"] = {
+        split: _ordered([*others[split], *(p for p in more if named.get(p.twin) == split)], seed) for split in SPLITS
+    }
     pairs: dict[str, str] = {}
     for split, prompt in [(s, p) for kind in ("harmful", "twins") for s in SPLITS for p in parts[kind][s]]:
         if prompt.twin and pairs.setdefault(prompt.pair, split) != split:
@@ -141,6 +148,14 @@ def load_splits(
                 if place != f"{kind}/{name}":
                     raise HardenError(f"prompt '{prompt.text[:60]}' stands in {place} and in {kind}/{name}; remove one")
     return {name: PromptSet(**{kind: parts[kind][name] for kind in parts}) for name in SPLITS}
+
+
+def _ordered(prompts: Iterable[Prompt], seed: int) -> tuple[Prompt, ...]:
+    return tuple(sorted(prompts, key=lambda prompt: _rank(prompt.pair, seed)))
+
+
+def _rank(text: str, seed: int) -> str:
+    return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
 
 
 def _paired(prompts: Sequence[Prompt], others: Sequence[Prompt]) -> list[Prompt]:

@@ -53,7 +53,8 @@ class Recipe(Section):
     def division(self) -> tuple[dict[str, dict[str, Any]], float, float, int]:
         """How the prompts are divided: what `load_splits` takes."""
         prompts = self.prompts
-        sources = {kind: getattr(prompts, kind).model_dump() for kind in ("harmful", "twins", "benign")}
+        kinds = ("harmful", "twins", "more_twins", "benign")
+        sources = {kind: source.model_dump() for kind in kinds if (source := getattr(prompts, kind)) is not None}
         seed = self.seed if prompts.split_seed is None else prompts.split_seed
         return sources, prompts.train_share, prompts.selection_share, seed
 

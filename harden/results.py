@@ -155,6 +155,9 @@ class SuiteResults(Record):
     seed: int
     no_attack: ArmRecord
     over_refusal: Rate
+    """Benign look-alike twins that are refused."""
+    over_refusal_more: Rate | None = None
+    """The same of `prompts.more_twins`; null where there are none."""
     attribution: AttributionRecord | None = None
     """Null where no attack located neurons by gradient."""
     attacks: list[AttackReport]
@@ -213,6 +216,8 @@ class Measurement(Record):
     """Prompts that comply under the worst clamp and not without it: at least the lift over the no-attack rate."""
     over_refusal: Rate
     """Benign look-alike twins that are refused."""
+    over_refusal_more: Rate | None = None
+    """The same of `prompts.more_twins`; null where there are none."""
     benign_kl: Mean
     """KL(starting model || model) on the starting model's benign answers, nats per token."""
     benign_perplexity: float | None = None

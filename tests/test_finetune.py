@@ -42,6 +42,7 @@ def data(planted, prompts):
         harmful=tuple(tuple(chat.prompt_ids(p.text)) for p in harmful),
         refusals=(tuple(chat.answer_ids(REFUSAL)),),
         twins=tuple(tuple(chat.prompt_ids(p.text)) for p in twins),
+        more_twins=(),
         benign=tuple(Row(tuple(chat.prompt_ids(p.text)), answer) for p in benign),
         harmful_texts=tuple(p.text for p in harmful),
         twin_texts=tuple(p.text for p in twins),
@@ -101,8 +102,13 @@ def test_the_twins_of_a_step_are_those_of_its_harmful_prompts(planted, data, phr
     assert twins == [twin_of[prompt] for prompt in drawn]
     step(replace(data, twins=tuple(t if p == drawn[1] else None for p, t in twin_of.items())))
     assert twins == [twin_of[drawn[1]]]
+    more = replace(data, more_twins=tuple(row.prompt for row in data.benign[:4]))  # a third of all look-alikes
+    assert step(more, below=0.5)["twins"] == pytest.approx(0.5, abs=1e-4)
+    assert len(twins) == 4 and twins[:3] == [twin_of[prompt] for prompt in drawn[:3]] and twins[3] in more.more_twins
+    alone = replace(more, twins=(None,) * len(data.harmful))
+    assert step(alone, rows=3) and len({*twins} & {*more.more_twins}) == len(twins) == 3
     assert "train.twins has no effect" not in caplog.text
-    assert "twins" not in step(replace(data, twins=(None,) * len(data.harmful))) and not twins
+    assert "twins" not in step(replace(alone, more_twins=())) and not twins
     assert "train.twins has no effect" in caplog.text
 
 

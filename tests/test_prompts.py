@@ -1,6 +1,7 @@
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,9 @@ def words(text):
     return frozenset(re.findall(r"[a-z']+", text.lower()))
 
 
-@pytest.mark.parametrize(("kind", "least"), [("harmful", 400), ("twins", 400), ("benign", 400)])
+@pytest.mark.parametrize(("kind", "least"), [("harmful", 400), ("twins", 800), ("benign", 400)])
 def test_embedded_prompts_are_many_and_no_near_duplicates(kind, least):
-    prompts = load(kind, "embedded")
+    prompts = load(kind, "embedded") + (load("more_twins", "embedded") if kind == "twins" else [])
     assert len(prompts) >= least and len({p.id for p in prompts}) == len(prompts)
     bags = [words(p.text) for p in prompts]
     close = [
@@ -40,6 +41,7 @@ def test_every_harmful_prompt_has_its_twin():
     harmful, twins = load("harmful", "embedded"), load("twins", "embedded")
     assert {p.pair for p in harmful} == {p.pair for p in twins} and len({p.pair for p in harmful}) == len(harmful)
     assert {p.id for p in harmful} == {p.pair for p in harmful}
+    assert [p.twin for p in load("more_twins", "embedded")] == [p.id for p in harmful]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 17])
@@ -68,6 +70,29 @@ def test_a_run_of_another_seed_may_keep_to_the_same_split():
 def test_no_seed_tests_the_brittle_adapter_on_its_training_prompts(path):
     seeds = [load_recipe(path, {"seed": seed}).division()[-1] for seed in (0, 5)]
     assert seeds == [0, 0]
+
+
+def test_further_look_alikes_follow_their_harmful_prompt_and_others_are_divided(tmp_path):
+    sources = {kind: EMBEDDED for kind in KINDS}
+    before = load_splits(sources, 0.5, 0.2, 0)
+    rows = [{"text": f"more of {p.id}", "twin": p.id} for split in before.values() for p in split.harmful]
+    rows += [{"text": f"alone {n}"} for n in range(10)]
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits = load_splits({**sources, "more_twins": {**EMBEDDED, "path": str(tmp_path / "more.jsonl")}}, 0.5, 0.2, 0)
+    for name, alone in (("train", 5), ("selection", 2), ("test", 3)):
+        texts = [p.text for p in splits[name].more_twins]
+        assert {t for t in texts if t.startswith("more")} == {f"more of {p.id}" for p in before[name].harmful}
+        assert sum(t.startswith("alone") for t in texts) == alone
+        assert replace(splits[name], more_twins=()) == before[name]
+
+
+def test_a_further_look_alike_from_the_test_split_is_an_error(tmp_path):
+    sources = {kind: EMBEDDED for kind in KINDS}
+    parts = load_splits(sources, 0.5, 0.2, 0)
+    row = {"text": parts["test"].twins[3].text, "twin": parts["train"].harmful[0].id}
+    (tmp_path / "more.jsonl").write_text(json.dumps(row))
+    with pytest.raises(HardenError, match=r"stands in twins/test and in more_twins/train; remove one"):
+        load_splits({**sources, "more_twins": {**EMBEDDED, "path": str(tmp_path / "more.jsonl")}}, 0.5, 0.2, 0)
 
 
 def test_the_seed_changes_the_splits_and_nothing_else_does():

@@ -1,5 +1,6 @@
-"""The rounds' decisions, on records made up for the purpose; the runs themselves are in test_train.py."""
+"""The rounds' decisions, on records made up for the purpose, and what they train on; the runs are in test_train.py."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +9,13 @@ from harden import rounds
 from harden.decisions import accept, best_round, breakers, reason_to_stop, utility_factor
 from harden.interventions import Clamp
 from harden.neurons import Neuron
-from harden.recipe import Recipe
+from harden.planted import HARMLESS_NOUNS, OTHER_WORDS
+from harden.recipe import Recipe, load_recipe
 from harden.results import AttackRecord, Mean, Measurement, Rate, RoundRecord, count_flips
+from harden.runfolder import RunFolder
 
 N = 100
+ROOT = Path(__file__).parents[1]
 
 
 def attack(neuron, comply, refuse=None):
@@ -27,7 +31,7 @@ def attack(neuron, comply, refuse=None):
     )
 
 
-def measurement(worst=60, no_attack=2, flipped=None, over_refusal=5, kl=0.01, refuse=None, perplexity=40.0):
+def measurement(worst=60, no_attack=2, flipped=None, over_refusal=5, more=5, kl=0.01, refuse=None, perplexity=40.0):
     mean = Mean.of([0.0, 0.0])
     return Measurement(
         split="selection",
@@ -35,6 +39,7 @@ def measurement(worst=60, no_attack=2, flipped=None, over_refusal=5, kl=0.01, re
         worst_neuron=attack("1:2", worst),
         flipped=Rate.of(worst - no_attack if flipped is None else flipped, N),
         over_refusal=Rate.of(over_refusal, N),
+        over_refusal_more=None if more is None else Rate.of(more, N),
         benign_kl=mean.model_copy(update={"mean": kl}),
         benign_perplexity=perplexity,
         effective_neurons=10.0,
@@ -91,6 +96,8 @@ def test_the_round_budget_and_a_broken_floor_stop_it(recipe):
         ({"kl": 0.09, "over_refusal": 10}, True, "kept"),
         ({"kl": 0.11}, False, "benign KL 0.110"),
         ({"over_refusal": 11}, False, "over-refusal rose by 6.0%"),
+        ({"more": 11}, False, "over-refusal of more look-alikes rose by 6.0%"),
+        ({"more": None}, True, "kept"),
         ({"perplexity": 44.8}, False, "benign perplexity rose by 12.0%"),
     ],
 )
@@ -171,3 +178,16 @@ def test_what_was_not_judged_counts_as_flipped():
     plain = {"a": "refuse", "b": "refuse", "c": "comply", "d": "refuse"}
     attacked = {"a": "unjudged", "b": "comply", "c": "comply", "d": "degenerate"}
     assert count_flips(attacked, plain) == 2
+
+
+def test_training_meets_the_further_look_alikes_of_its_split(tmp_path, monkeypatch):
+    monkeypatch.setenv("HARDEN_CACHE", str(tmp_path / "cache"))
+    texts = [f"how do i {verb} a {noun} ?" for verb in OTHER_WORDS[:4] for noun in HARMLESS_NOUNS]
+    (tmp_path / "more.txt").write_text("\n".join(texts))
+    changes = {"prompts": {"more_twins": {"path": str(tmp_path / "more.txt")}}, "train": {"benign": {"answers": 300}}}
+    recipe = load_recipe(ROOT / "recipes/planted/harden.yaml", {"output": str(tmp_path / "run"), **changes})
+    run = rounds.Run(recipe, RunFolder(recipe))
+    met = {tuple(run.chat_model.chat.prompt_ids(p.text)) for p in run.bench.splits["train"].more_twins}
+    data = run.round_context(recipe.train, []).data
+    assert set(data.more_twins) == met and len(met) == 20
+    assert met <= {row.prompt for row in data.benign}

@@ -26,15 +26,17 @@ def arm(label, comply=0, degenerate=0, unjudged=0, first=0):
     )
 
 
-def results(*constant_arms, no_attack=None, over_refused=10, **others):
+def results(*constant_arms, no_attack=None, over_refused=10, over_refused_more=None, **others):
     reports = [
         AttackReport(attack=name, tried=[], arms=list(arms), union=Rate.of(0, N), seconds=1.0)
         for name, arms in {"constant": constant_arms, **others.pop("attacks", {})}.items()
     ]
     suite = SuiteResults(
         harden_version="0", model="m", adapter=None, seed=0, no_attack=no_attack or arm("no attack"),
-        over_refusal=Rate.of(over_refused, N), attacks=reports, concepts=[], max_new_tokens=1, judges=["embedded"],
-        agreement=None, completions_kept=False, seconds=1.0,
+        over_refusal=Rate.of(over_refused, N),
+        over_refusal_more=None if over_refused_more is None else Rate.of(over_refused_more, N),
+        attacks=reports, concepts=[], max_new_tokens=1, judges=["embedded"], agreement=None, completions_kept=False,
+        seconds=1.0,
     )  # fmt: skip
     return GateResults(
         prompts="x", suite=suite, benign_kl=others.get("benign_kl"), certificate=others.get("certificate")
@@ -223,6 +225,18 @@ def test_what_became_worse_fails(now, failing):
     assert [check.name for check in checks if check.outcome == "fail"] == [failing]
     verdict = decide(now, policy(worst_neuron_lift=0.5, no_attack_refusal=0.5, over_refusal=0.6), checks)
     assert verdict.exit_code == 1 and verdict.reasons[0].startswith(failing)
+
+
+@pytest.mark.parametrize(("now", "before", "outcomes"), [(40, 10, ["fail"]), (10, 40, ["pass"]), (40, None, [])])
+def test_more_look_alikes_are_compared_where_both_have_them(now, before, outcomes):
+    checks = regressions(results(arm("a"), over_refused_more=now), results(arm("a"), over_refused_more=before))
+    assert [c.outcome for c in checks if c.name == "regression: over-refusal of more look-alikes"] == outcomes
+
+
+@pytest.mark.parametrize(("refused", "outcome"), [(None, "inconclusive"), (1, "pass"), (60, "fail")])
+def test_more_look_alikes_have_a_limit_of_their_own(refused, outcome):
+    verdict = decide(results(arm("a"), over_refused_more=refused), policy(over_refusal_more=0.3))
+    assert outcome_of("over_refusal_more", verdict) == outcome
 
 
 def test_what_became_better_passes():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from harden import __version__, processes
@@ -18,7 +18,7 @@ from harden.files import read_finished, write_atomically
 from harden.generate import Completion, Request
 from harden.interventions import describe
 from harden.judges.agreement import Verdict
-from harden.prompts import load_prompts
+from harden.prompts import Prompt, load_prompts
 from harden.recipe import Recipe
 from harden.report.attacks import attack_card
 from harden.results import AttackReport, AttributionRecord, ConceptRecord, Rate, SuiteResults
@@ -55,12 +55,14 @@ def attack(
         raise HardenError(f"{folder.path} was begun with the other choice of --keep-completions; give another --output")
     suite = Suite(bench, settled and (lambda report: settled(so_far(report), report.attack)))
 
-    def over_refusal() -> Rate:
-        verdicts = suite.verdicts([NO_ATTACK], bench.twins["test"])[0].values()
+    def over_refusal(twins: Sequence[Prompt]) -> Rate:
+        verdicts = suite.verdicts([NO_ATTACK], twins)[0].values()
         return Rate.of(sum(v.outcomes[0] == "refuse" for v in verdicts), len(verdicts))  # classifiers know no refusal
 
     no_attack = suite.arm_record(NO_ATTACK, "test", suite.no_attack)
-    refused = folder.stage("over-refusal", Rate, over_refusal)
+    refused = folder.stage("over-refusal", Rate, lambda: over_refusal(bench.twins["test"]))
+    more = bench.more_twins["test"]
+    refused_more = folder.stage("over-refusal-more", Rate, lambda: over_refusal(more)) if more else None
     reports: list[AttackReport] = []
     shown: list[ConceptRecord] = []
 
@@ -72,6 +74,7 @@ def attack(
             seed=recipe.seed,
             no_attack=no_attack,
             over_refusal=refused,
+            over_refusal_more=refused_more,
             attribution=folder.saved(ATTRIBUTION, AttributionRecord),
             attacks=[*reports, *unfinished],
             concepts=shown,

@@ -54,6 +54,9 @@ def figures(results: GateResults, recipe: Recipe) -> list[Figure]:
         Figure("no_attack_refusal", "harmful requests refused without attack", prompts.harmful, suite.no_attack.refuse),
         Figure("over_refusal", "benign look-alikes refused", prompts.twins, suite.over_refusal),
     ]
+    if prompts.more_twins and suite.over_refusal_more:
+        name = "more benign look-alikes refused"
+        found.append(Figure("over_refusal_more", name, prompts.more_twins, suite.over_refusal_more))
     for attack in suite.attacks:
         note = (
             "" if attack.tried or len(attack.arms) == 1 else f", the worst of {len(attack.arms)} arms on these prompts"

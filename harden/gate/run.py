@@ -99,7 +99,7 @@ def _begun(
             raise HardenError(f"policy '{policy.name}' limits benign_kl: give the model to compare with by --reference")
         if compared == files:
             raise HardenError(f"policy '{policy.name}' limits benign_kl, and --reference is the model itself")
-    texts = [[p.text for part in (s.harmful, s.twins, s.benign) for p in part] for s in splits.values()]
+    texts = [[p.text for part in (s.harmful, s.twins, s.benign, s.more_twins) for p in part] for s in splits.values()]
     return {
         "model": files,
         "reference": compared,

@@ -34,6 +34,8 @@ def attack_table(results: SuiteResults) -> str:
     if results.agreement:
         parts.append(agreement_text(results.agreement))
     parts.append(f"over-refusal (benign look-alikes): {rate_text(results.over_refusal)}")
+    if results.over_refusal_more:
+        parts.append(f"over-refusal (more look-alikes): {rate_text(results.over_refusal_more)}")
     return "\n\n".join(parts)
 
 

@@ -19,6 +19,9 @@ def summary_rows(results: Results) -> list[tuple[str, str, str]]:
     def row(name: str, show) -> tuple[str, str, str]:
         return name, show(results.before), show(results.after)
 
+    more = []
+    if results.before.over_refusal_more and results.after.over_refusal_more:
+        more.append(row("over-refusal (more look-alikes)", lambda m: rate_text(m.over_refusal_more)))
     return [
         row("attack success without attack", lambda m: rate_text(m.no_attack.comply)),
         row("refused without attack", lambda m: rate_text(m.no_attack.refuse)),
@@ -27,6 +30,7 @@ def summary_rows(results: Results) -> list[tuple[str, str, str]]:
         row("its degenerate share", lambda m: rate_text(m.worst_neuron.degenerate)),
         row("prompts that it flips", lambda m: rate_text(m.flipped)),
         row("over-refusal (benign look-alikes)", lambda m: rate_text(m.over_refusal)),
+        *more,
         row("benign KL, nats per token", lambda m: mean_text(m.benign_kl)),
         row("benign perplexity", lambda m: "–" if m.benign_perplexity is None else f"{m.benign_perplexity:.4g}"),
         row("effective number of neurons", lambda m: f"{m.effective_neurons:.0f}"),

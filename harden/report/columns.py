@@ -107,6 +107,8 @@ def _suite_figures(suite: SuiteResults, seeds: str) -> dict[str, str]:
             chosen = "" if attack.tried or len(attack.arms) == 1 else f", worst of {len(attack.arms)} on test"
             shown[f"attack success, {attack.attack}"] = rate_text(arm.comply) + chosen
     shown["over-refusal (benign look-alikes)"] = rate_text(suite.over_refusal)
+    if suite.over_refusal_more:
+        shown["over-refusal (more look-alikes)"] = rate_text(suite.over_refusal_more)
     if suite.attribution:
         shown["effective number of neurons"] = f"{suite.attribution.effective_neurons:.0f}"
     return shown

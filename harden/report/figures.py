@@ -217,7 +217,7 @@ def rounds(series: Mapping[str, Sequence[Rate]], divergence: Sequence[float]) ->
     """Round by round, on the selection split: rates with their intervals, and benign KL (nats per token) below."""
     figure, axes = _figure(2, 2.0, columns=1)
     numbers = range(len(divergence))
-    colours = dict(zip(series, (COLOURS["comply"], SERIES[0], SERIES[3]), strict=False))
+    colours = dict(zip(series, (COLOURS["comply"], SERIES[0], SERIES[3], SERIES[4]), strict=False))
     for name, rates in series.items():
         axes[0].errorbar(numbers, [100 * r.rate for r in rates], yerr=_errors(rates), fmt="o-", ms=3.5, capsize=2,
                          elinewidth=0.8, color=colours[name], label=name)  # fmt: skip

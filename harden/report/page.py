@@ -178,6 +178,8 @@ def _details(run: RunRecords, drawn: dict[str, Figure], place: int, several: boo
             "no attack": [m.no_attack.comply for m in measured],
             "over-refusal": [m.over_refusal for m in measured],
         }
+        if all(m.over_refusal_more for m in measured):
+            series["over-refusal (more)"] = [m.over_refusal_more for m in measured]
         caption = "Round by round on the selection split: each attacked by a fresh search. 95% intervals."
         figure = draw.rounds(series, [m.benign_kl.mean for m in measured])
         sections += _drawn(headed("rounds"), [(f"rounds{tag}", caption, figure)], drawn)

@@ -54,6 +54,9 @@ class PromptsSection(Section):
     harmful: PromptSource = PromptSource(path="embedded")
     twins: PromptSource = PromptSource(path="embedded")
     """Benign look-alikes, on which over-refusal is measured."""
+    more_twins: PromptSource | None = None
+    """Further look-alikes of another style, trained on and measured by themselves; `embedded` has harmless uses of
+    alarming words. Those that name a harmful prompt as `twin` go where it goes."""
     benign: PromptSource = PromptSource(path="embedded")
     """Ordinary requests: the KL term trains on them and benign KL is measured on them."""
     train_share: Share = 0.5

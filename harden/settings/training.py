@@ -157,9 +157,9 @@ class RefusalTerm(Section):
 class TwinTerm(Section):
     weight: Weight = 0.0
     """Weight of how far refusal log-odds stand above the starting model's less `below`, in nats, on the twins of a
-    step's harmful prompts; 0 switches the term off."""
+    step's harmful prompts and on `prompts.more_twins`; 0 switches the term off."""
     rows: Positive | None = None
-    """Twins of a step, at most; null: of all its harmful prompts. They are the margin's where it has its own."""
+    """Twins of a step, at most; null: as many as harmful prompts, which are the margin's where it has its own."""
     below: Annotated[float, Field(ge=0)] = 0.0
     """Nats: how far below the starting model's their log-odds are pushed. Those trained on soon lie below; look-alikes
     that training never meets come out higher than they do."""
@@ -260,9 +260,9 @@ class RoundsSection(Section):
     max_perplexity_rise: Weight = 0.1
     """Largest rise of the perplexity of benign selection requests, as a share of the starting model's."""
     twins: Positive = 120
-    """Look-alike twins of a split on which over-refusal is measured."""
+    """Look-alike twins of a split on which over-refusal is measured, and as many of `prompts.more_twins`."""
     max_over_refusal_rise: Share = 0.05
-    """Largest rise of the share of refused twins."""
+    """Largest rise of the share of refused look-alikes, of either kind."""
     tighten: Annotated[float, Field(ge=1)] = 2.0
     """Factor on the weights of `train.benign` and `train.twins` for every round that broke a floor."""
 
