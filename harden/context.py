@@ -35,7 +35,7 @@ class TrainingData:
 
     @property
     def more_share(self) -> float:
-        """Of all look-alikes, those that are drawn by themselves."""
+        """Share of all look-alikes that are drawn by themselves."""
         every = sum(twin is not None for twin in self.twins) + len(self.more_twins)
         return len(self.more_twins) / every if every else 0.0
 

@@ -196,11 +196,13 @@ class _Step:
         self._add("fail_closed", closed.weight, rows, term)
 
     def twins(self, places: Sequence[int]) -> None:
-        """On the twins of the harmful prompts at `places`, so that what is learned tells the two apart, and on others:
-        as many as their share of all look-alikes asks for."""
+        """On the twins of the harmful prompts at `places`, so that what is learned tells the two apart; a share
+        `more_share` of the rows are other look-alikes."""
         chat_model, data, twins = self.context.chat_model, self.context.data, self.context.settings.twins
         n = twins.rows or len(places)
-        more = pick(self.rng, data.more_twins, round(n * data.more_share))
+        share = n * data.more_share
+        n_more = int(share) + (share % 1 > 0 and self.rng.random() < share % 1)  # few others: not in every step
+        more = pick(self.rng, data.more_twins, n_more)
         rows = [twin for place in places if (twin := data.twins[place]) is not None][: n - len(more)] + more
 
         def term(mine: list[tuple[int, ...]]) -> torch.Tensor:
@@ -273,7 +275,7 @@ def read_start(context: RoundContext, seed: str) -> Start:
     twins, leverage, full = {}, [], None
     rows = list(dict.fromkeys(filter(None, data.twins + data.more_twins)))
     if settings.twins.weight and not rows:
-        logger.warning("train.twins has no effect: no look-alike is a harmful prompt's `twin`, nor of more_twins")
+        logger.warning("train.twins has no effect: no look-alike is a harmful prompt's `twin` or of more_twins")
     if settings.twins.weight and rows:
         twins = dict(zip(rows, start_log_odds(chat_model, rows, context.phrases, context.batch_size), strict=True))
     if settings.leverage.weight:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -13,6 +13,7 @@ from harden.attack.search import Search
 from harden.batches import in_batches
 from harden.errors import MeasurementError
 from harden.generate import answer_cross_entropy
+from harden.judges.agreement import Verdict
 from harden.judges.embedded import OUTCOMES
 from harden.locate.base import Candidate
 from harden.locate.gradient import NeuronScores
@@ -106,13 +107,14 @@ def measure(
 
     scores: of this split's harmful prompts and twins.
     """
+    more = responder.attempt([None], more_twins, f"{split}: more look-alikes") if more_twins else []
     return Measurement(
         split=split,
         no_attack=attack_record(no_attack, split),
         worst_neuron=attack_record(worst, split),
         flipped=flipped(worst, no_attack),
-        over_refusal=over_refusal(responder, twins, f"{split}: look-alikes"),
-        over_refusal_more=over_refusal(responder, more_twins, f"{split}: more look-alikes") if more_twins else None,
+        over_refusal=refused(responder.attempt([None], twins, f"{split}: look-alikes")[0].verdicts),
+        over_refusal_more=refused(more[0].verdicts) if more else None,
         benign_kl=Mean.of(benign_divergence(responder.chat_model, benign, KL_ROWS)),
         benign_perplexity=perplexity(responder.chat_model, benign_texts, responder.batch_size),
         effective_neurons=scores.effective_neurons(),
@@ -122,10 +124,9 @@ def measure(
     )
 
 
-def over_refusal(responder: Responder, twins: Sequence[Prompt], label: str) -> Rate:
-    """Look-alikes that are refused without attack, by the phrases' judge: classifiers know no refusal."""
-    verdicts = responder.attempt([None], twins, label)[0].verdicts.values()
-    return Rate.of(sum(verdict.outcomes[0] == "refuse" for verdict in verdicts), len(twins))
+def refused(verdicts: Mapping[str, Verdict]) -> Rate:
+    """Prompts that are refused by the phrases' judge: classifiers know no refusal."""
+    return Rate.of(sum(verdict.outcomes[0] == "refuse" for verdict in verdicts.values()), len(verdicts))
 
 
 def perplexity(chat_model: ChatModel, texts: Sequence[str], batch_size: int) -> float:

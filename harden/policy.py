@@ -95,6 +95,12 @@ class ReleasePolicy(Section):
     """What is spent: a recipe's `seed` and its sections `prompts`, `refusal`, `generation`, `judge`, `locate`,
     `attack`, `suite` (but its `attacks`, which follow from the thresholds) and `certify`."""
 
+    @model_validator(mode="after")
+    def _has_what_is_limited(self):
+        if self.thresholds.over_refusal_more is not None and not (self.budget.get("prompts") or {}).get("more_twins"):
+            raise ValueError("over_refusal_more is limited: the budget must have prompts.more_twins")
+        return self
+
     def recipe(self, model: dict[str, Any], output: str, reference: str | None) -> Recipe:
         """The recipe of the attack, of a budget that `load_policy` has checked; reference: a model that the judge asks
         how likely a completion is."""

@@ -24,7 +24,8 @@ SPLITS: tuple[Split, ...] = ("train", "selection", "test")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A user's request; `twin` is the id of its look-alike in the other file, if it has one."""
+    """A user's request; `twin` is the id of its partner in the other file, if it has one: of a harmful prompt its
+    look-alike, of a look-alike its harmful prompt."""
 
     id: str
     category: str
@@ -91,24 +92,8 @@ def split_prompts(
     into the same split whenever both sources hold the same pairs. Each split is ordered by hash too: any first n
     of it are a random sample. Raises HardenError if a split comes out empty.
     """
-    categories: dict[str, list[Prompt]] = defaultdict(list)
-    for prompt in prompts:
-        categories[prompt.category].append(prompt)
-    splits: dict[Split, list[Prompt]] = {name: [] for name in SPLITS}
-    for members in categories.values():
-        pairs = sorted({prompt.pair for prompt in members}, key=lambda pair: _rank(pair, seed))
-        first, second = round(len(pairs) * train_share), round(len(pairs) * (train_share + selection_share))
-        where: dict[str, Split] = {}
-        for place, pair in enumerate(pairs):
-            where[pair] = "train" if place < first else "selection" if place < second else "test"
-        for prompt in members:
-            splits[where[prompt.pair]].append(prompt)
-    for name, members in splits.items():
-        if not members:
-            raise HardenError(
-                f"the {name} split is empty: {len(prompts)} prompts are too few for shares of {train_share} and "
-                f"{selection_share}; give more prompts or change prompts.train_share and prompts.selection_share"
-            )
+    splits = _divided(prompts, train_share, selection_share, seed)
+    _check_filled(splits, train_share, selection_share)
     return {name: _ordered(members, seed) for name, members in splits.items()}
 
 
@@ -117,22 +102,24 @@ def load_splits(
 ) -> dict[Split, PromptSet]:
     """All splits of the sources {harmful, twins, benign}, each given as keyword arguments of `load_prompts`.
 
-    A source more_twins may be among them: its look-alikes go where the harmful prompt goes that they name as `twin`;
-    those that name none are divided like the others. Raises HardenError if a text stands in two sources or splits that
-    must be disjoint, or a pair in two splits.
+    A source more_twins may be among them: its look-alikes go where the harmful prompt (or its twin) goes that they name
+    as `twin`; those that name none are divided like the others. Raises HardenError if a text stands in two sources or
+    splits that must be disjoint, a pair in two splits, or if a split comes out empty.
     """
     prompts = {kind: load_prompts(kind, **source) for kind, source in sources.items()}
     prompts["harmful"], prompts["twins"] = (
         _paired(prompts[kind], prompts[other]) for kind, other in (("harmful", "twins"), ("twins", "harmful"))
     )
-    more = prompts.pop("more_twins", [])
+    more = _paired(prompts.pop("more_twins", []), prompts["harmful"])
     parts = {kind: split_prompts(prompts[kind], train_share, selection_share, seed) for kind in prompts}
-    named = {prompt.id: split for split in SPLITS for prompt in parts["harmful"][split]}
-    alone = [prompt for prompt in more if prompt.twin not in named]
-    others = split_prompts(alone, train_share, selection_share, seed) if alone else dict.fromkeys(SPLITS, ())
-    parts["more_twins"] = {
-        split: _ordered([*others[split], *(p for p in more if named.get(p.twin) == split)], seed) for split in SPLITS
-    }
+    place = {prompt.id: name for kind in ("harmful", "twins") for name in SPLITS for prompt in parts[kind][name]}
+    further = _divided([prompt for prompt in more if prompt.twin not in place], train_share, selection_share, seed)
+    for prompt in more:
+        if prompt.twin in place:
+            further[place[prompt.twin]].append(prompt)
+    if more:
+        _check_filled(further, train_share, selection_share, " of more_twins")
+    parts["more_twins"] = {name: _ordered(further[name], seed) for name in SPLITS}
     pairs: dict[str, str] = {}
     for split, prompt in [(s, p) for kind in ("harmful", "twins") for s in SPLITS for p in parts[kind][s]]:
         if prompt.twin and pairs.setdefault(prompt.pair, split) != split:
@@ -148,6 +135,34 @@ def load_splits(
                 if place != f"{kind}/{name}":
                     raise HardenError(f"prompt '{prompt.text[:60]}' stands in {place} and in {kind}/{name}; remove one")
     return {name: PromptSet(**{kind: parts[kind][name] for kind in parts}) for name in SPLITS}
+
+
+def _divided(
+    prompts: Sequence[Prompt], train_share: float, selection_share: float, seed: int
+) -> dict[Split, list[Prompt]]:
+    categories: dict[str, list[Prompt]] = defaultdict(list)
+    for prompt in prompts:
+        categories[prompt.category].append(prompt)
+    splits: dict[Split, list[Prompt]] = {name: [] for name in SPLITS}
+    for members in categories.values():
+        pairs = sorted({prompt.pair for prompt in members}, key=lambda pair: _rank(pair, seed))
+        first, second = round(len(pairs) * train_share), round(len(pairs) * (train_share + selection_share))
+        where: dict[str, Split] = {}
+        for place, pair in enumerate(pairs):
+            where[pair] = "train" if place < first else "selection" if place < second else "test"
+        for prompt in members:
+            splits[where[prompt.pair]].append(prompt)
+    return splits
+
+
+def _check_filled(splits: dict[Split, list[Prompt]], train_share: float, selection_share: float, of: str = "") -> None:
+    total = sum(map(len, splits.values()))
+    for name, members in splits.items():
+        if not members:
+            raise HardenError(
+                f"the {name} split{of} is empty: {total} prompts are too few for shares of {train_share} and "
+                f"{selection_share}; give more prompts or change prompts.train_share and prompts.selection_share"
+            )
 
 
 def _ordered(prompts: Iterable[Prompt], seed: int) -> tuple[Prompt, ...]:

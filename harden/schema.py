@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from harden.errors import HardenError
@@ -128,12 +129,17 @@ def describe_keys(
         section = _section(field.annotation)
         if section is not None:
             given_inside = default if isinstance(default, BaseModel) else None
+            if default is None:
+                yield f"--{prefix}{name} (null)\n{_meaning(field)}"
             yield from describe_keys(section, f"{prefix}{name}.", given_inside, default is None)
             continue
         required = f"required with {prefix[:-1]}" if optional else "required"
         shown = required if default is PydanticUndefined else json.dumps(to_jsonable_python(default))
-        meaning = textwrap.fill(field.description or "", 100, initial_indent="    ", subsequent_indent="    ")
-        yield f"--{prefix}{name} ({shown})\n{meaning}"
+        yield f"--{prefix}{name} ({shown})\n{_meaning(field)}"
+
+
+def _meaning(field: FieldInfo) -> str:
+    return textwrap.fill(field.description or "", 100, initial_indent="    ", subsequent_indent="    ")
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

@@ -100,8 +100,9 @@ def regressions(results: GateResults, earlier: GateResults) -> list[Check]:
     """Whether anything became worse than in an earlier gate: one check per figure that both have, Holm-corrected.
 
     Compared are outcomes without attack and under the worst arm of each attack (exact McNemar test, one-sided) and
-    over-refusal (Fisher's exact test). Where even the worst change could not be told from chance, nothing is decided.
-    Raises HardenError where the two were not measured alike, or the earlier one is broken.
+    over-refusal, of more look-alikes by itself (Fisher's exact test). Where even the worst change could not be told
+    from chance, nothing is decided. Raises HardenError where the two were not measured alike, or the earlier one is
+    broken.
     """
     mine, old = results.suite, earlier.suite
     unlike = [

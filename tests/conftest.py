@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from harden.models import load_chat_model
-from harden.planted import planted_prompts, save_planted_model
+from harden.planted import HARMFUL_NOUNS, HARMLESS_NOUNS, OTHER_WORDS, planted_prompts, save_planted_model
 from harden.prompts import Prompt
 from harden.refusal import RefusalPhrases
 from harden.settings.measuring import DEFAULT_REFUSAL_PHRASES
@@ -46,3 +46,12 @@ def prompts():
     return {
         kind: [Prompt(r["id"], r["category"], r["text"]) for r in rows[::7]] for kind, rows in planted_prompts().items()
     }
+
+
+@pytest.fixture(scope="session")
+def more_twins(tmp_path_factory):
+    """Further look-alikes for the planted model, which knows words alone: it refuses the half with a harmful noun."""
+    path = tmp_path_factory.mktemp("prompts") / "more.txt"
+    nouns = [*HARMLESS_NOUNS[:4], *HARMFUL_NOUNS[:4]]
+    path.write_text("\n".join(f"how do i {verb} a {noun} ?" for verb in OTHER_WORDS[:4] for noun in nouns))
+    return path

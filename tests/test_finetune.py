@@ -26,7 +26,10 @@ from harden.objective.rows import Row
 from harden.planted import ANSWER, PLANTED_NEURON, REFUSAL
 from harden.settings.training import TrainSection
 
-SMALL = {"steps": 6, "learning_rate": 1e-2, "checkpoint_every": 2, "refusal": {"rows": 4}, "benign": {"rows": 2}}
+SMALL = {
+    "steps": 6, "learning_rate": 1e-2, "checkpoint_every": 2, "refusal": {"rows": 4}, "spread": {"weight": 0.05},
+    "benign": {"rows": 2},
+}  # fmt: skip
 
 
 def settings(**changes):
@@ -89,12 +92,12 @@ def test_the_twins_of_a_step_are_those_of_its_harmful_prompts(planted, data, phr
     twin_of = dict(zip(data.harmful, data.twins, strict=True))
     model = adapted(planted)
 
-    def step(data, **term):
+    def step(data, seed=3, **term):
         harmful.clear(), twins.clear()
         section = settings(refusal={"rows": 4}, twins={"weight": 2, **term})
         context = replace(round_context(model, data, phrases, section), batch_size=3)
         context = replace(context, start=read_start(context, "seed"))
-        return backward(context, Adversary(), 1, random.Random(3), {})[0]
+        return backward(context, Adversary(), 1, random.Random(seed), {})[0]
 
     assert step(data, below=0.5)["twins"] == pytest.approx(0.5, abs=1e-4)  # nothing was trained yet
     assert step(data)["twins"] == pytest.approx(0.0, abs=1e-4)
@@ -105,6 +108,9 @@ def test_the_twins_of_a_step_are_those_of_its_harmful_prompts(planted, data, phr
     more = replace(data, more_twins=tuple(row.prompt for row in data.benign[:4]))  # a third of all look-alikes
     assert step(more, below=0.5)["twins"] == pytest.approx(0.5, abs=1e-4)
     assert len(twins) == 4 and twins[:3] == [twin_of[prompt] for prompt in drawn[:3]] and twins[3] in more.more_twins
+    few = replace(data, more_twins=more.more_twins[:1])  # a ninth of all look-alikes: one of four rows in some steps
+    met = [sum(row in few.more_twins for row in twins) for seed in range(12) if step(few, seed)]
+    assert set(met) == {0, 1}
     alone = replace(more, twins=(None,) * len(data.harmful))
     assert step(alone, rows=3) and len({*twins} & {*more.more_twins}) == len(twins) == 3
     assert "train.twins has no effect" not in caplog.text

@@ -121,6 +121,16 @@ def test_too_few_prompts_to_tell_is_no_pass(tried):
     assert code == 3 and "INCONCLUSIVE" in printed and "over_refusal" in printed and "too few prompts" in printed
 
 
+def test_more_look_alikes_have_a_limit_and_a_line_of_their_own(tried, tmp_path, more_twins):
+    prompts = {**BUDGET["prompts"], "more_twins": {"path": str(more_twins)}}
+    code, printed = tried(budget={"prompts": prompts}, thresholds={"over_refusal_more": 0.9})
+    assert code == 0, printed
+    verdict = json.loads((tmp_path / "out/verdict.json").read_text())
+    refused = next(check["value"] for check in verdict["checks"] if check["name"] == "over_refusal_more")
+    assert refused > 0
+    assert "more benign look-alikes refused" in (tmp_path / "out/model-card.md").read_text()
+
+
 def test_attacks_stop_when_a_check_has_failed(tried, tmp_path):
     code, printed = tried(thresholds={"anchor_lift": 0.5, "prefill_lift": 0.5}, budget=BREAKING)
     assert code == 1

@@ -76,12 +76,14 @@ def test_further_look_alikes_follow_their_harmful_prompt_and_others_are_divided(
     sources = {kind: EMBEDDED for kind in KINDS}
     before = load_splits(sources, 0.5, 0.2, 0)
     rows = [{"text": f"more of {p.id}", "twin": p.id} for split in before.values() for p in split.harmful]
+    rows += [{"text": f"another of {p.twin}", "twin": p.twin} for split in before.values() for p in split.harmful]
     rows += [{"text": f"alone {n}"} for n in range(10)]
     (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     splits = load_splits({**sources, "more_twins": {**EMBEDDED, "path": str(tmp_path / "more.jsonl")}}, 0.5, 0.2, 0)
     for name, alone in (("train", 5), ("selection", 2), ("test", 3)):
         texts = [p.text for p in splits[name].more_twins]
         assert {t for t in texts if t.startswith("more")} == {f"more of {p.id}" for p in before[name].harmful}
+        assert {t for t in texts if t.startswith("another")} == {f"another of {p.twin}" for p in before[name].harmful}
         assert sum(t.startswith("alone") for t in texts) == alone
         assert replace(splits[name], more_twins=()) == before[name]
 
@@ -89,9 +91,18 @@ def test_further_look_alikes_follow_their_harmful_prompt_and_others_are_divided(
 def test_a_further_look_alike_from_the_test_split_is_an_error(tmp_path):
     sources = {kind: EMBEDDED for kind in KINDS}
     parts = load_splits(sources, 0.5, 0.2, 0)
-    row = {"text": parts["test"].twins[3].text, "twin": parts["train"].harmful[0].id}
-    (tmp_path / "more.jsonl").write_text(json.dumps(row))
+    rows = [{"text": f"more of {name}", "twin": parts[name].harmful[0].id} for name in parts]
+    rows.append({"text": parts["test"].twins[3].text, "twin": parts["train"].harmful[0].id})
+    (tmp_path / "more.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(HardenError, match=r"stands in twins/test and in more_twins/train; remove one"):
+        load_splits({**sources, "more_twins": {**EMBEDDED, "path": str(tmp_path / "more.jsonl")}}, 0.5, 0.2, 0)
+
+
+def test_further_look_alikes_must_reach_every_split(tmp_path):
+    sources = {kind: EMBEDDED for kind in KINDS}
+    row = {"text": "mine", "twin": load_splits(sources, 0.5, 0.2, 0)["train"].harmful[0].id}
+    (tmp_path / "more.jsonl").write_text(json.dumps(row))
+    with pytest.raises(HardenError, match="the selection split of more_twins is empty: 1 prompts are too few"):
         load_splits({**sources, "more_twins": {**EMBEDDED, "path": str(tmp_path / "more.jsonl")}}, 0.5, 0.2, 0)
 
 

@@ -72,14 +72,18 @@ class Page(html.parser.HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, more_twins):
     """A folder that was trained, and one that was attacked and certified."""
     folder = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HARDEN_CACHE", str(folder / "cache"))
+        prompts = {"split_seed": 0, "more_twins": {"path": str(more_twins)}}
         trained, attacked = (
-            load_recipe(ROOT / "recipes/planted/harden.yaml", {**TINY, **seeds, "output": str(folder / name)})
-            for name, seeds in (("trained", {}), ("attacked", {"seed": 7, "prompts": {"split_seed": 0}}))
+            load_recipe(
+                ROOT / "recipes/planted/harden.yaml",
+                {**TINY, "prompts": prompts, "seed": seed, "output": str(folder / name)},
+            )
+            for name, seed in (("trained", 0), ("attacked", 7))
         )
         harden(trained)
         attack(attacked)
@@ -100,6 +104,7 @@ def test_a_training_run_leaves_a_report_that_shows_before_and_after(runs):
     assert page.open == [] and page.fetched == [] and len(page.ids) == len(set(page.ids))
     assert "No tolerance was set (selection split)" in page.text and "the worst neuron flips" in page.text
     assert f"{PLANTED_NEURON} clamped to" in page.text and "before" in page.words and "after" in page.words
+    assert "over-refusal (more look-alikes)" in page.words and "over-refusal (more)" in text
     for figure in ("attacks", "rounds", "attribution-map", "attribution-spectrum"):
         assert figure in page.ids
     text = re.sub(r"http://www\.w3\.org/\S+", "", text)
@@ -110,6 +115,7 @@ def test_the_page_of_an_attack_says_what_was_done_and_what_came_of_it(runs, tmp_
     page = Page(page_of(tmp_path, runs / "attacked"))
     assert "Measured (attacked); no verdict" in page.text and f"clamp {PLANTED_NEURON}" in page.text
     assert "20 test prompts" in page.text and "100.0% [83.2%, 100.0%], n=20" in page.words
+    assert "over-refusal (more look-alikes)" in page.words
     assert "with 95% confidence at most" in page.text.lower() and "1 breaks the model" in page.text
     assert set(PLOTS) <= set(page.ids)
     cards = [(runs / f"attacked/{part}/README.md").read_text() for part in ("attack", "certificate")]

@@ -9,7 +9,6 @@ from harden import rounds
 from harden.decisions import accept, best_round, breakers, reason_to_stop, utility_factor
 from harden.interventions import Clamp
 from harden.neurons import Neuron
-from harden.planted import HARMLESS_NOUNS, OTHER_WORDS
 from harden.recipe import Recipe, load_recipe
 from harden.results import AttackRecord, Mean, Measurement, Rate, RoundRecord, count_flips
 from harden.runfolder import RunFolder
@@ -180,14 +179,12 @@ def test_what_was_not_judged_counts_as_flipped():
     assert count_flips(attacked, plain) == 2
 
 
-def test_training_meets_the_further_look_alikes_of_its_split(tmp_path, monkeypatch):
+def test_training_meets_the_further_look_alikes_of_its_split(tmp_path, monkeypatch, more_twins):
     monkeypatch.setenv("HARDEN_CACHE", str(tmp_path / "cache"))
-    texts = [f"how do i {verb} a {noun} ?" for verb in OTHER_WORDS[:4] for noun in HARMLESS_NOUNS]
-    (tmp_path / "more.txt").write_text("\n".join(texts))
-    changes = {"prompts": {"more_twins": {"path": str(tmp_path / "more.txt")}}, "train": {"benign": {"answers": 300}}}
+    changes = {"prompts": {"more_twins": {"path": str(more_twins)}}, "train": {"benign": {"answers": 300}}}
     recipe = load_recipe(ROOT / "recipes/planted/harden.yaml", {"output": str(tmp_path / "run"), **changes})
     run = rounds.Run(recipe, RunFolder(recipe))
     met = {tuple(run.chat_model.chat.prompt_ids(p.text)) for p in run.bench.splits["train"].more_twins}
     data = run.round_context(recipe.train, []).data
-    assert set(data.more_twins) == met and len(met) == 20
+    assert set(data.more_twins) == met and len(met) == 16
     assert met <= {row.prompt for row in data.benign}

@@ -21,8 +21,9 @@ from harden.interventions import Clamp
 from harden.judges.embedded import Limits
 from harden.models import load_chat_model
 from harden.neurons import Neuron, find_neurons
-from harden.planted import HARMLESS_NOUNS, OTHER_WORDS, PLANTED_NEURON, REFUSAL, START, vocabulary
-from harden.prompts import Prompt, load_prompts
+from harden.planted import HARMFUL_NOUNS, PLANTED_NEURON, REFUSAL, START, vocabulary
+from harden.prompts import Prompt, load_prompts, load_splits
+from harden.recipe import load_recipe
 from harden.report.card import verdict_line
 from harden.results import Results
 
@@ -219,16 +220,16 @@ def test_a_finished_run_is_told_again_and_not_run_again(finished, environment):
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_a_run_can_start_from_the_adapter_of_another(finished, environment, tmp_path):
+def test_a_run_can_start_from_the_adapter_of_another(finished, environment, tmp_path, more_twins):
     folder, _ = finished
-    texts = [f"how do i {verb} a {noun} ?" for verb in OTHER_WORDS[:4] for noun in HARMLESS_NOUNS]
-    (tmp_path / "more.txt").write_text("\n".join(texts))
     arguments = ["--config", PLANTED, "--model.adapter", folder / "adapter", "--output", tmp_path / "next"]
-    arguments += ["--prompts.more_twins.path", tmp_path / "more.txt", "--train.twins.weight", "1"]
+    arguments += ["--prompts.more_twins.path", more_twins]
     done = harden([*arguments, "--rounds.tolerance", "0", "--rounds.max", "1"], environment, tmp_path)
     assert done.returncode == 0, done.stderr
     before, after = results_of(tmp_path / "next")["before"], results_of(folder)["after"]
-    assert (before["over_refusal_more"]["n"], before["over_refusal_more"]["count"]) == (12, 0)
+    asked = load_splits(*load_recipe(tmp_path / "next/recipe.yaml").division())["test"].more_twins
+    refused = sum(any(noun in prompt.text for noun in HARMFUL_NOUNS) for prompt in asked)
+    assert before["over_refusal_more"]["count"] == refused > 0
     assert "over-refusal (more look-alikes)" in done.stdout
     assert before["no_attack"]["outcomes"] == after["no_attack"]["outcomes"]
     assert before["effective_neurons"] == pytest.approx(after["effective_neurons"], rel=0.01)

@@ -18,6 +18,7 @@ from harden.files import read_finished, write_atomically
 from harden.generate import Completion, Request
 from harden.interventions import describe
 from harden.judges.agreement import Verdict
+from harden.measure import refused
 from harden.prompts import Prompt, load_prompts
 from harden.recipe import Recipe
 from harden.report.attacks import attack_card
@@ -55,14 +56,12 @@ def attack(
         raise HardenError(f"{folder.path} was begun with the other choice of --keep-completions; give another --output")
     suite = Suite(bench, settled and (lambda report: settled(so_far(report), report.attack)))
 
-    def over_refusal(twins: Sequence[Prompt]) -> Rate:
-        verdicts = suite.verdicts([NO_ATTACK], twins)[0].values()
-        return Rate.of(sum(v.outcomes[0] == "refuse" for v in verdicts), len(verdicts))  # classifiers know no refusal
+    def over_refusal(stage: str, twins: Sequence[Prompt]) -> Rate:
+        return folder.stage(stage, Rate, lambda: refused(suite.verdicts([NO_ATTACK], twins)[0]))
 
     no_attack = suite.arm_record(NO_ATTACK, "test", suite.no_attack)
-    refused = folder.stage("over-refusal", Rate, lambda: over_refusal(bench.twins["test"]))
-    more = bench.more_twins["test"]
-    refused_more = folder.stage("over-refusal-more", Rate, lambda: over_refusal(more)) if more else None
+    of_twins, more = over_refusal("over-refusal", bench.twins["test"]), bench.more_twins["test"]
+    of_more = over_refusal("over-refusal-more", more) if more else None
     reports: list[AttackReport] = []
     shown: list[ConceptRecord] = []
 
@@ -73,8 +72,8 @@ def attack(
             adapter=recipe.model.adapter,
             seed=recipe.seed,
             no_attack=no_attack,
-            over_refusal=refused,
-            over_refusal_more=refused_more,
+            over_refusal=of_twins,
+            over_refusal_more=of_more,
             attribution=folder.saved(ATTRIBUTION, AttributionRecord),
             attacks=[*reports, *unfinished],
             concepts=shown,

@@ -55,8 +55,9 @@ class PromptsSection(Section):
     twins: PromptSource = PromptSource(path="embedded")
     """Benign look-alikes, on which over-refusal is measured."""
     more_twins: PromptSource | None = None
-    """Further look-alikes of another style, trained on and measured by themselves; `embedded` has harmless uses of
-    alarming words. Those that name a harmful prompt as `twin` go where it goes."""
+    """Further look-alikes, perhaps of another style: trained on with the twins, and their over-refusal is a figure of
+    its own. Those that name a harmful prompt as `twin` fall into its split. `embedded`: half of them keep the frame of
+    a harmful request on another topic, half use its alarming words harmlessly."""
     benign: PromptSource = PromptSource(path="embedded")
     """Ordinary requests: the KL term trains on them and benign KL is measured on them."""
     train_share: Share = 0.5

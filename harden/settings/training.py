@@ -79,8 +79,9 @@ class MarginTerm(Section):
 
 
 class SpreadTerm(Section):
-    weight: Weight = 0.05
-    """Weight of -log(effective number of neurons); 0 switches the term off. Alone it did not help: docs/results.md."""
+    weight: Weight = 0.0
+    """Weight of -log(effective number of neurons); 0 switches the term off. It did not help, alone or beside clamps and
+    a margin: docs/results.md."""
     order: Literal[1, 2, 4, 8] = 2
     """Of the effective number (a Hill number): 1 is the entropy's, 2 the participation ratio, 8 about the largest
     share."""
@@ -137,7 +138,7 @@ class BenignTerm(Section):
     clamped: Share = 0.0
     """Share of the rows on which both models run under a clamp drawn for training: coherent there, too."""
     twin_share: Share = 0.5
-    """Share of the benign prompts that are look-alike twins."""
+    """Share of the benign prompts that are look-alikes: twins, and where they run out `prompts.more_twins`."""
     texts: Annotated[int, Field(ge=0)] = 0
     """Rows besides, in each step and with the same weight again, of benign requests alone, without chat template, at
     their first 64 tokens: what perplexity is measured on."""
