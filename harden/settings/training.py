@@ -79,9 +79,8 @@ class MarginTerm(Section):
 
 
 class SpreadTerm(Section):
-    weight: Weight = 0.0
-    """Weight of -log(effective number of neurons); 0 switches the term off. It did not help, alone or beside clamps and
-    a margin: docs/results.md."""
+    weight: Weight = 0.05
+    """Weight of -log(effective number of neurons); 0 switches the term off. Alone it did not help: docs/results.md."""
     order: Literal[1, 2, 4, 8] = 2
     """Of the effective number (a Hill number): 1 is the entropy's, 2 the participation ratio, 8 about the largest
     share."""
