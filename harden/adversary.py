@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 RELOCATE_PROMPTS = 8  # harmful and as many look-alikes; locating again must stay cheap beside the steps
 CONTRAST_PROMPTS = 32  # of either kind, for masks and directions: forward passes alone
 ANCHOR_K = (1.0, 2.0)  # strengths of anchored clamps, those of Kazemi et al.
-REPLAYED = 0.25  # weight over the floor from which on a neuron is not forgotten: the chance of no refusal, squared
+REPLAYED = 0.5  # weight over the floor from which on a neuron is not forgotten: half of the margin is gone
 PAST_FLOOR = 0.1  # least weight of a clamp that broke the model in an earlier round, however well it is resisted
 
 
@@ -137,9 +137,9 @@ class Adversary:
             return (Ablate(f"layer {layer}", self.directions[layer].expand_as(self.directions)),)
         return ()
 
-    def learn(self, met: Sequence[tuple[Clamp | None, float]]) -> None:
+    def learn(self, met: Sequence[tuple[Clamp | None, float]], target: float) -> None:
         """Weigh clamps by what single rows just met: the clamp, None where it was not one alone, and the refusal
-        log-odds under it, in nats.
+        log-odds under it, in nats. target: of the margin, in nats.
 
         A row is one prompt of many, so it moves a clamp's weight half of the way. Clamps that are resisted by now are
         drawn less at once, not only when all are weighed again. With `clamps.nearest` a weight becomes that of the
@@ -150,7 +150,7 @@ class Adversary:
             place = places.get(clamp.weighed if isinstance(clamp, Nearer) else clamp)
             if place is not None:
                 weighed = self.clamps[place]
-                weight = (weighed.weight + weighed.floor + _breaking([log_odds])) / 2
+                weight = (weighed.weight + weighed.floor + _shortfall([log_odds], target)) / 2
                 self.clamps[place] = replace(weighed, weight=weight)
 
     def to_state(self) -> dict[str, Any]:
@@ -224,9 +224,9 @@ def _pool(context: RoundContext, breakers: Sequence[Neuron], rng: random.Random)
 def weigh_clamps(context: RoundContext, candidates: Sequence[Candidate], known: Mapping[Clamp, float]) -> list[Weighed]:
     """Clamps of the candidates, and those that broke the model before, weighed by how well they work now.
 
-    A clamp's weight is the squared chance that the model does not refuse under it (squared: most located clamps are
-    harmless, and would together be drawn more often than the few that work), averaged over the prompts (a clamp that
-    turns few of them has high mean log-odds), plus `train.clamps.floor`, of past breakers at least `PAST_FLOOR`. Clamps
+    A clamp's weight is how far the refusal log-odds under it fall short of the margin's target (`_shortfall`), averaged
+    over the prompts, plus `train.clamps.floor`, of past breakers at least `PAST_FLOOR`: rows that are past the target
+    teach nothing. Clamps
     that raise the loss on benign answers by more than `max_benign_rise` nats per token are left out. That is measured
     on the starting model: training can widen a neuron's activation gap, and the clamps must not grow with it until
     they only make the model babble. If none is left there are no clamps, and rows are trained without.
@@ -251,7 +251,7 @@ def weigh_clamps(context: RoundContext, candidates: Sequence[Candidate], known: 
     for entry in coherent:
         clamp, candidate = entry.clamp, clamps[entry.clamp]
         floor = max(least, PAST_FLOOR) if clamp in past else least
-        weight = floor + _breaking(entry.by_prompt)
+        weight = floor + _shortfall(entry.by_prompt, context.settings.margin.target)
         weighed.append(Weighed(clamp, weight, entry.benign_rise, candidate.harmful, candidate.harmless, floor))
     return weighed
 
@@ -279,9 +279,10 @@ def draw_strong_clamp(
     return Clamp(neuron_at(chat_model, column), rng.choice((-1, 1)) * share * float(full[column]))
 
 
-def _breaking(log_odds: Sequence[float]) -> float:
-    """The squared chance of no refusal, from refusal log-odds in nats, averaged over prompts."""
-    return mean([(1 / (1 + math.exp(min(x, 50.0)))) ** 2 for x in log_odds])
+def _shortfall(log_odds: Sequence[float], target: float) -> float:
+    """By how much refusal log-odds fall short of the target, as a share of it and averaged over prompts; 1 where they
+    are below 0."""
+    return mean([min(1.0, max(0.0, 1 - x / target)) for x in log_odds])
 
 
 def _n_masked(context: RoundContext) -> int:

@@ -31,7 +31,7 @@ generate adapters
 effects
 activations judges.classifiers locate.base locate.attribution locate.strength
 locate.backward locate.contrast locate.exact locate.tail
-locate.gradient locate.graddrop locate.relp locate.integrated
+locate.gradient locate.graddrop locate.relp locate.integrated locate.greedy
 locate.passes judges.loading
 attack.records attack.screen attack.select attack.arms attack.published
 attack.respond

@@ -11,7 +11,7 @@ from harden.chat import pad_left
 from harden.effects import log_odds_under
 from harden.errors import HardenError, MeasurementError
 from harden.interventions import Add, Clamp, Scale, intervene
-from harden.locate import graddrop, integrated, relp
+from harden.locate import graddrop, greedy, integrated, relp
 from harden.locate import tail as tail_module
 from harden.locate.attribution import Slopes
 from harden.locate.backward import graph_from_embeddings, read_backward
@@ -303,6 +303,94 @@ def test_exact_drops_are_the_larger_of_both_signs_and_kept_layer_by_layer():
     passes.stage = lambda name, make: kept[name]
     del passes.exact_drops
     assert (passes.exact_drops == drops).all()
+
+
+# -- greedy ----------------------------------------------------------------------------------------------------------
+
+
+def strong_clamps(passes):
+    """Both of every neuron, at the strength of `greedy`: those of the columns, negative ones first."""
+    full = passes.contrast.full.tolist()
+    values = [sign * greedy.STRENGTH * each for sign in (-1, 1) for each in full]
+    return [Clamp(neuron_at(passes.chat_model, place % len(full)), value) for place, value in enumerate(values)]
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_greedy_drops_are_exact_and_the_larger_of_both_signs(kind):
+    """It tries every clamp of a model this small."""
+    passes = passes_of(kind)
+    clamps, (request, plain) = strong_clamps(passes), passes._easiest(1)
+    rows = log_odds_under(passes.chat_model, clamps, request, passes.phrases, 16, "all")
+    expected = torch.tensor([plain - row[0] for row in rows]).view(2, -1).amax(0)
+    torch.testing.assert_close(passes.greedy_drops, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_drops_are_predicted_from_the_slopes_under_a_clamp(kind):
+    passes = passes_of(kind)
+    chat_model, clamps = passes.chat_model, strong_clamps(passes)
+    points = [3, 100]
+    predicted = greedy._Clamps(chat_model, passes.contrast.full).predicted_drops(points, REQUESTS[0], passes.phrases)
+    batch = pad_left([chat_model.chat.prompt_ids(REQUESTS[0])], chat_model.chat.pad_id, "cpu")
+
+    def under(*edits):
+        with torch.no_grad(), intervene(chat_model.neurons, [edits]):
+            return refusal_log_odds(chat_model.model, batch, passes.phrases).item()
+
+    n = chat_model.neurons.count
+    for row, point in zip(predicted, points, strict=True):
+        for column in (55, 139):
+            neuron, value = neuron_at(chat_model, column), clamps[n + column].value
+            slope, offset = (
+                (under(clamps[point], edit(neuron, still + STEP)) - under(clamps[point], edit(neuron, still - STEP)))
+                / (2 * STEP)
+                for edit, still in ((Add, 0.0), (Scale, 1.0))
+            )
+            assert row[n + column].item() == pytest.approx(offset - value * slope, rel=0.05, abs=2e-3)
+            assert row[column].item() == pytest.approx(offset + value * slope, rel=0.05, abs=2e-3)
+    assert (predicted[0] - predicted[1]).abs().max() > 1e-3
+
+
+def test_greedy_finds_the_planted_neuron_among_few_tries(planted, prompts, phrases, monkeypatch):
+    """A third of its clamps: six at random, and thirty in each of two rounds."""
+    tried = []
+    for name, number in {"START": 2, "ROUNDS": 2, "PROPOSED": 30}.items():
+        monkeypatch.setattr(greedy, name, number)
+    monkeypatch.setattr(
+        greedy, "log_odds_under", lambda m, clamps, *rest: (tried.extend(clamps), log_odds_under(m, clamps, *rest))[1]
+    )
+    harmful, twins = ([p.text for p in prompts[kind][:6]] for kind in ("harmful", "twins"))
+    scores = Passes(planted, harmful, twins, phrases, 32).greedy_drops
+    assert neuron_at(planted, int(scores.argmax())) == PLANTED_NEURON
+    assert len(tried) == len(set(tried)) == 66 < 2 * planted.neurons.count / 2
+
+
+def test_neurons_that_greedy_did_not_try_come_behind_in_the_order_of_their_proposals():
+    #  clamps of neurons 0 to 4 are places 0 to 4 and 5 to 9
+    scores = greedy._scores({1: 2.0, 6: 3.0, 5: -1.0}, [6, 9, 3, 4, 8], 5)
+    assert scores.argsort(descending=True).tolist() == [1, 0, 4, 3, 2] and scores[:2].tolist() == [-1.0, 3.0]
+
+
+def test_greedy_leaves_out_neurons_that_write_nothing():
+    passes = passes_of("llama")
+    full = passes.contrast.full.clone()
+    full[:50] = 0.0
+    (request,), plain = passes._easiest(1)
+    scores = greedy.greedy_drops(passes.chat_model, full, request, plain, passes.phrases, 16)
+    assert (scores[:50] < scores[50:].amin()).all()
+    nothing = greedy.greedy_drops(passes.chat_model, torch.zeros_like(full), request, plain, passes.phrases, 16)
+    assert not nothing.any()
+
+
+def test_what_greedy_found_is_kept():
+    passes = passes_of("llama")
+    kept = {}
+    passes.stage = lambda name, make: kept.setdefault(name, make())
+    drops = passes.greedy_drops
+    assert list(kept) == ["greedy"]
+    passes.stage = lambda name, make: kept[name]
+    del passes.greedy_drops
+    assert (passes.greedy_drops == drops).all()
 
 
 def test_a_backward_pass_is_shared():

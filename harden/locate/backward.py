@@ -72,25 +72,12 @@ def read_backward(
 
 def _sums(chat_model, rows, phrases, rules) -> tuple[list[list[torch.Tensor]], list[float]]:
     """Sums over rows: of h, g and h * g at the template's tokens, of g and h * g over all positions; the log-odds."""
-    chat, tail = chat_model.chat, chat_model.chat.template_tail
+    tail = chat_model.chat.template_tail
     weight = torch.tensor([weight for _, weight in rows], device=chat_model.device)
-    prompts = pad_left([chat.prompt_ids(text) for text, _ in rows], chat.pad_id, chat_model.device)
-    recorded: list[list[torch.Tensor]] = [[] for _ in chat_model.neurons.widths]
-
-    def recorder(layer: int):
-        return lambda _module, args: recorded[layer].append(args[0])
-
-    with rules(), graph_from_embeddings(chat_model.model), ExitStack() as hooks:
-        # behind the rules' own hooks: a neuron's gradient is that of what the down projection takes in
-        for layer, module in enumerate(chat_model.neurons.down_projections):
-            hooks.enter_context(module.register_forward_pre_hook(recorder(layer)))
-        log_odds = refusal_log_odds(chat_model.model, prompts, phrases)  # of one pass, or of two
-    passes = len(recorded[0])
-    flat = [h for layer in recorded for h in layer]
-    gradients = torch.autograd.grad((log_odds * weight).sum(), flat, allow_unused=True, materialize_grads=True)
+    with rules():
+        recorded, log_odds = differentiate(chat_model, [text for text, _ in rows], phrases, weight)
     layers = []
-    for number, hs in enumerate(recorded):
-        pairs = [(h.detach().float(), g.float()) for h, g in zip(hs, gradients[number * passes :], strict=False)]
+    for pairs in recorded:
         (h, g), both = pairs[0], [(h * g).sum(0) for h, g in pairs]
         layers.append(
             (
@@ -102,6 +89,33 @@ def _sums(chat_model, rows, phrases, rules) -> tuple[list[list[torch.Tensor]], l
             )
         )
     return [list(kind) for kind in zip(*layers, strict=True)], log_odds.tolist()
+
+
+def differentiate(
+    chat_model: ChatModel, requests: Sequence[str], phrases: RefusalPhrases, weight: torch.Tensor
+) -> tuple[list[list[tuple[torch.Tensor, torch.Tensor]]], torch.Tensor]:
+    """Every neuron's activations, and in them the gradient of the requests' log-odds times `weight`, (batch,).
+
+    Returns, per layer and forward pass (over the prompts and, where there is one, over the phrases), both as float32
+    (batch, seq, d_mlp); and the log-odds, (batch,). What is in force around it counts.
+    """
+    chat = chat_model.chat
+    prompts = pad_left([chat.prompt_ids(text) for text in requests], chat.pad_id, chat_model.device)
+    recorded: list[list[torch.Tensor]] = [[] for _ in chat_model.neurons.widths]
+
+    def recorder(layer: int):
+        return lambda _module, args: recorded[layer].append(args[0])
+
+    with graph_from_embeddings(chat_model.model), ExitStack() as hooks:
+        # behind hooks that are there: a neuron's gradient is that of what the down projection takes in
+        for layer, module in enumerate(chat_model.neurons.down_projections):
+            hooks.enter_context(module.register_forward_pre_hook(recorder(layer)))
+        log_odds = refusal_log_odds(chat_model.model, prompts, phrases)  # of one pass, or of two
+    passes = len(recorded[0])
+    flat = [h for layer in recorded for h in layer]
+    gradients = torch.autograd.grad((log_odds * weight).sum(), flat, allow_unused=True, materialize_grads=True)
+    pairs = [(h.detach().float(), g.float()) for h, g in zip(flat, gradients, strict=True)]
+    return [pairs[start : start + passes] for start in range(0, len(pairs), passes)], log_odds.detach()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from harden.locate.contrast import Contrast, read_contrast
 from harden.locate.exact import layer_drops
 from harden.locate.graddrop import mean_drop, read_dropped_slopes
 from harden.locate.gradient import NeuronScores, contrast_scores
+from harden.locate.greedy import greedy_drops
 from harden.locate.integrated import read_integrated_slopes
 from harden.locate.relp import relevance_rules
 from harden.locate.tail import tail_log_odds
@@ -90,11 +91,25 @@ class Passes:
     def exact_drops(self) -> torch.Tensor:
         return self._drops("exact", log_odds_under)
 
+    @cached_property
+    def greedy_drops(self) -> torch.Tensor:
+        (request,), plain = self._easiest(1)
+
+        def make() -> list[float]:
+            full = self.contrast.full
+            return greedy_drops(self.chat_model, full, request, plain, self.phrases, self.batch_size).tolist()
+
+        return torch.tensor(self.stage("greedy", make))
+
+    def _easiest(self, n: int) -> tuple[list[str], float]:
+        """The n harmful prompts that are most easily talked out of refusing, and the mean of their log-odds."""
+        odds = self.backward.log_odds
+        easiest = sorted(range(len(odds)), key=lambda place: (odds[place] <= 0, abs(odds[place])))[:n]
+        return [self.harmful[place] for place in easiest], mean([odds[place] for place in easiest])
+
     def _drops(self, name: str, measure: Callable[..., list[list[float]]]) -> torch.Tensor:
         """Largest drop of every neuron at `EXACT_SIZES`; each layer is a stage."""
-        odds = self.backward.log_odds
-        easiest = sorted(range(len(odds)), key=lambda place: (odds[place] <= 0, abs(odds[place])))[:EXACT_PROMPTS]
-        requests, plain = [self.harmful[place] for place in easiest], mean([odds[place] for place in easiest])
+        requests, plain = self._easiest(EXACT_PROMPTS)
         widths = list(self.chat_model.neurons.widths)
         values = [self.contrast.clamp_values(size).split(widths) for size in EXACT_SIZES]
         drops: list[float] = []
@@ -133,6 +148,7 @@ LOCATORS: dict[str, Callable[[Passes], torch.Tensor]] = {
         lambda values: mean_drop(passes.dropped_slopes, passes.chat_model.neurons.widths, values)
     ),
     "integrated": lambda passes: passes.worst(passes.integrated_slopes.drop),
+    "greedy": lambda passes: passes.greedy_drops,
     "tail": lambda passes: passes.tail_drops,
     "exact": lambda passes: passes.exact_drops,
 }

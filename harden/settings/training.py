@@ -69,8 +69,8 @@ class DirectionTerm(Section):
 class MarginTerm(Section):
     weight: Weight = 0.0
     """Weight of how far the refusal log-odds of a step's harmful prompts fall short of `target`, in nats; 0: off."""
-    target: float = 4.0
-    """Refusal log-odds that are asked for, in nats."""
+    target: Annotated[float, Field(gt=0)] = 4.0
+    """Refusal log-odds that are asked for, in nats. Clamps are drawn by how far they fall short of it."""
     rows: Positive | None = None
     """Harmful prompts of its own; null: those of the refusal term."""
     attacked: bool = False

@@ -52,6 +52,7 @@ Locator = Literal[
     "relp",
     "graddrop",
     "integrated",
+    "greedy",
     "tail",
     "exact",
     "random",
