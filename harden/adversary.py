@@ -30,13 +30,14 @@ from harden.locate.passes import Passes
 from harden.models import ChatModel
 from harden.neurons import Neuron
 from harden.prompts import Prompt
+from harden.settings.training import TrainSection
 
 logger = logging.getLogger(__name__)
 
 RELOCATE_PROMPTS = 8  # harmful and as many look-alikes; locating again must stay cheap beside the steps
 CONTRAST_PROMPTS = 32  # of either kind, for masks and directions: forward passes alone
 ANCHOR_K = (1.0, 2.0)  # strengths of anchored clamps, those of Kazemi et al.
-REPLAYED = 0.5  # weight over the floor from which on a neuron is not forgotten: half of the margin is gone
+REPLAYED = {"chance": 0.25, "shortfall": 0.5}  # weight over the floor from which on a neuron is not forgotten
 PAST_FLOOR = 0.1  # least weight of a clamp that broke the model in an earlier round, however well it is resisted
 
 
@@ -137,9 +138,9 @@ class Adversary:
             return (Ablate(f"layer {layer}", self.directions[layer].expand_as(self.directions)),)
         return ()
 
-    def learn(self, met: Sequence[tuple[Clamp | None, float]], target: float) -> None:
+    def learn(self, met: Sequence[tuple[Clamp | None, float]], settings: TrainSection) -> None:
         """Weigh clamps by what single rows just met: the clamp, None where it was not one alone, and the refusal
-        log-odds under it, in nats. target: of the margin, in nats.
+        log-odds under it, in nats.
 
         A row is one prompt of many, so it moves a clamp's weight half of the way. Clamps that are resisted by now are
         drawn less at once, not only when all are weighed again. With `clamps.nearest` a weight becomes that of the
@@ -150,7 +151,7 @@ class Adversary:
             place = places.get(clamp.weighed if isinstance(clamp, Nearer) else clamp)
             if place is not None:
                 weighed = self.clamps[place]
-                weight = (weighed.weight + weighed.floor + _shortfall([log_odds], target)) / 2
+                weight = (weighed.weight + weighed.floor + _breaking([log_odds], settings)) / 2
                 self.clamps[place] = replace(weighed, weight=weight)
 
     def to_state(self) -> dict[str, Any]:
@@ -190,7 +191,8 @@ def refresh(context: RoundContext, adversary: Adversary, step: int, rng: random.
     if settings.draws_clamps and step % settings.clamps.relocate_every == 0:
         known = {weighed.clamp: weighed.benign_rise for weighed in adversary.clamps}
         found = weigh_clamps(context, _pool(context, adversary.breakers, rng), known)
-        now = [weighed.clamp.neuron for weighed in found if weighed.weight - weighed.floor >= REPLAYED]
+        least = REPLAYED[settings.clamps.weigh_by]
+        now = [weighed.clamp.neuron for weighed in found if weighed.weight - weighed.floor >= least]
         breakers = list(dict.fromkeys([*adversary.breakers, *now]))
         adversary = replace(adversary, clamps=found, breakers=breakers)
     locate_mask = mask.share and mask.locator != "random" and _due(step, mask.relocate_every)
@@ -224,9 +226,9 @@ def _pool(context: RoundContext, breakers: Sequence[Neuron], rng: random.Random)
 def weigh_clamps(context: RoundContext, candidates: Sequence[Candidate], known: Mapping[Clamp, float]) -> list[Weighed]:
     """Clamps of the candidates, and those that broke the model before, weighed by how well they work now.
 
-    A clamp's weight is how far the refusal log-odds under it fall short of the margin's target (`_shortfall`), averaged
-    over the prompts, plus `train.clamps.floor`, of past breakers at least `PAST_FLOOR`: rows that are past the target
-    teach nothing. Clamps
+    A clamp's weight is what `train.clamps.weigh_by` makes of the refusal log-odds under it (`_breaking`), averaged over
+    the prompts (a clamp that turns few of them has high mean log-odds), plus `train.clamps.floor`, of past breakers at
+    least `PAST_FLOOR`. Clamps
     that raise the loss on benign answers by more than `max_benign_rise` nats per token are left out. That is measured
     on the starting model: training can widen a neuron's activation gap, and the clamps must not grow with it until
     they only make the model babble. If none is left there are no clamps, and rows are trained without.
@@ -251,7 +253,7 @@ def weigh_clamps(context: RoundContext, candidates: Sequence[Candidate], known: 
     for entry in coherent:
         clamp, candidate = entry.clamp, clamps[entry.clamp]
         floor = max(least, PAST_FLOOR) if clamp in past else least
-        weight = floor + _shortfall(entry.by_prompt, context.settings.margin.target)
+        weight = floor + _breaking(entry.by_prompt, context.settings)
         weighed.append(Weighed(clamp, weight, entry.benign_rise, candidate.harmful, candidate.harmless, floor))
     return weighed
 
@@ -279,10 +281,13 @@ def draw_strong_clamp(
     return Clamp(neuron_at(chat_model, column), rng.choice((-1, 1)) * share * float(full[column]))
 
 
-def _shortfall(log_odds: Sequence[float], target: float) -> float:
-    """By how much refusal log-odds fall short of the target, as a share of it and averaged over prompts; 1 where they
-    are below 0."""
-    return mean([min(1.0, max(0.0, 1 - x / target)) for x in log_odds])
+def _breaking(log_odds: Sequence[float], settings: TrainSection) -> float:
+    """From 0 to 1, averaged over prompts: by `chance` the squared chance of no refusal (squared: most located clamps
+    are harmless, and would together be drawn more often than the few that work); by `shortfall` how far refusal
+    log-odds, in nats, fall short of the margin's target, as a share of it."""
+    if settings.clamps.weigh_by == "chance":
+        return mean([(1 / (1 + math.exp(min(x, 50.0)))) ** 2 for x in log_odds])
+    return mean([min(1.0, max(0.0, 1 - x / settings.margin.target)) for x in log_odds])
 
 
 def _n_masked(context: RoundContext) -> int:

@@ -93,7 +93,7 @@ def train_round(
                 )
             if step > first and step % settings.checkpoint_every == 0:  # its weights have just shown to be sound
                 _save_checkpoint(checkpoint, chat_model, optimizer, adversary, ceilings, step)
-            adversary.learn(met, settings.margin.target)
+            adversary.learn(met, settings)
             for name in ceilings.keys() & losses.keys():
                 ceilings[name].update(losses[name])
             optimizer.step()

@@ -204,9 +204,11 @@ def weighed_clamp(neuron, value=1.0, weight=1.0, benign_rise=0.0, harmful=1.0, h
     return Weighed(Clamp(neuron, value), weight, benign_rise, harmful, harmless, floor)
 
 
-def weighed(chat_model, data, phrases, max_benign_rise=2.0):
+def weighed(chat_model, data, phrases, max_benign_rise=2.0, **clamps):
     candidates = score_neurons(chat_model, data.harmful_texts, data.twin_texts, phrases, 16).top(24)
-    context = replace(round_context(chat_model, data, phrases, settings()), max_benign_rise=max_benign_rise)
+    context = replace(
+        round_context(chat_model, data, phrases, settings(clamps=clamps)), max_benign_rise=max_benign_rise
+    )
     return weigh_clamps(context, candidates, {})
 
 
@@ -280,7 +282,7 @@ def test_a_clamp_of_an_earlier_round_is_drawn_at_its_value_however_well_it_is_re
     model, past = adapted(planted), Clamp(Neuron(2, 30), 0.125)  # it breaks nothing
     found = refreshed(model, data, phrases, Adversary(), 0, [past], clamps={"pool": 1, "floor": 0.01})
     for _ in range(9):
-        found.learn([(weighed.clamp, 30.0) for weighed in found.clamps], 4.0)
+        found.learn([(weighed.clamp, 30.0) for weighed in found.clamps], settings())
     weights = {weighed.clamp: weighed.weight for weighed in Adversary.from_state(found.to_state()).clamps}
     others = [weight for clamp, weight in weights.items() if clamp.neuron == past.neuron and clamp != past]
     assert weights[past] == pytest.approx(0.1, abs=1e-3)
@@ -294,18 +296,27 @@ def test_a_clamp_of_an_earlier_round_is_left_out_where_the_start_only_babbles_un
 
 
 @pytest.mark.parametrize(
-    ("of_positive", "weight"), [((40.0, -10.0), 0.5), ((1.0, 3.0), 0.5), ((4.0, 4.0), 0.0), ((-1.0, -90.0), 1.0)]
+    ("weigh_by", "of_positive", "weight"),
+    [
+        ("chance", (40.0, -10.0), 0.5),
+        ("chance", (0.0, 0.0), 0.25),
+        ("shortfall", (40.0, -10.0), 0.5),
+        ("shortfall", (1.0, 3.0), 0.5),
+        ("shortfall", (4.0, 4.0), 0.0),
+        ("shortfall", (-1.0, -90.0), 1.0),
+    ],
 )
-def test_a_clamp_weighs_what_it_takes_off_the_margin_averaged_over_prompts(
-    planted, data, phrases, monkeypatch, of_positive, weight
+def test_a_clamp_weighs_what_it_does_averaged_over_prompts(
+    planted, data, phrases, monkeypatch, weigh_by, of_positive, weight
 ):
     """Of each prompt, not of the mean log-odds, which are high where one prompt of two is refused very surely."""
     monkeypatch.setattr(
-        screen, "log_odds_under", lambda _, clamps, *rest: [of_positive if c.value > 0 else (40, 4) for c in clamps]
+        screen, "log_odds_under", lambda _, clamps, *rest: [of_positive if c.value > 0 else (40, 40) for c in clamps]
     )
-    found = weighed(adapted(planted), data, phrases)
+    found = weighed(adapted(planted), data, phrases, weigh_by=weigh_by)
     turning, holding = ({w.weight for w in found if (w.clamp.value > 0) is positive} for positive in (True, False))
-    assert holding == {0.02} and len(turning) == 1 and turning.pop() == pytest.approx(0.02 + weight)
+    assert turning and max(holding) == pytest.approx(0.02)
+    assert max(turning) == pytest.approx(0.02 + weight, abs=1e-4)
 
 
 def test_a_breaker_is_replayed_ever_after(planted, data, phrases):
@@ -351,7 +362,7 @@ def test_the_rows_of_a_step_are_attacked_in_their_shares(planted, data, phrases)
 def test_a_clamp_that_is_resisted_by_now_is_drawn_less_and_one_that_works_more():
     one, other, third = (Clamp(Neuron(0, n), 5.0) for n in range(3))
     adversary = Adversary([weighed_clamp(clamp.neuron, 5.0, weight=0.5, floor=0.02) for clamp in (one, other, third)])
-    adversary.learn([(one, 30.0), (other, -30.0), (None, -30.0), (Clamp(Neuron(1, 0), 5.0), -30.0)], 4.0)
+    adversary.learn([(one, 30.0), (other, -30.0), (None, -30.0), (Clamp(Neuron(1, 0), 5.0), -30.0)], settings())
     weights = [weighed.weight for weighed in adversary.clamps]
     assert weights == pytest.approx([0.26, 0.76, 0.5])
 

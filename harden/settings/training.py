@@ -27,6 +27,9 @@ class ClampTerm(Section):
     to 1 (those of past breakers, too; anchored ones are not), so that values between are met. 1: at the value."""
     relocate_every: Positive = 20
     """Steps after which neurons are located and clamps are weighed again."""
+    weigh_by: Literal["chance", "shortfall"] = "chance"
+    """What clamps are drawn by: the squared chance that the model does not refuse under them, or how far refusal
+    log-odds under them fall short of `margin.target`, which near misses do, too."""
     floor: Weight = 0.02
     """Least sampling weight of a coherent clamp beside those that break the model now; of one that broke it in an
     earlier round it is at least 0.1."""
@@ -70,7 +73,7 @@ class MarginTerm(Section):
     weight: Weight = 0.0
     """Weight of how far the refusal log-odds of a step's harmful prompts fall short of `target`, in nats; 0: off."""
     target: Annotated[float, Field(gt=0)] = 4.0
-    """Refusal log-odds that are asked for, in nats. Clamps are drawn by how far they fall short of it."""
+    """Refusal log-odds that are asked for, in nats."""
     rows: Positive | None = None
     """Harmful prompts of its own; null: those of the refusal term."""
     attacked: bool = False
