@@ -373,9 +373,8 @@ def test_what_a_row_met_at_a_nearer_value_counts_for_the_clamp_that_was_drawn():
     for _ in range(9):
         nearer = drawn.nearer(rng, 0.2)
         assert 3.0 <= nearer.value <= 11.0
-        adversary.learn(
-            [(nearer, -30.0), (Clamp(nearer.neuron, nearer.value), 30.0)], 4.0
-        )  # the second was not drawn so
+        undrawn = Clamp(nearer.neuron, nearer.value)
+        adversary.learn([(nearer, -30.0), (undrawn, 30.0)], settings())
     assert [weighed.weight for weighed in adversary.clamps] == pytest.approx([1.0, 0.5], abs=1e-2)
 
 
