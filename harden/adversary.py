@@ -228,10 +228,10 @@ def weigh_clamps(context: RoundContext, candidates: Sequence[Candidate], known: 
 
     A clamp's weight is what `train.clamps.weigh_by` makes of the refusal log-odds under it (`_breaking`), averaged over
     the prompts (a clamp that turns few of them has high mean log-odds), plus `train.clamps.floor`, of past breakers at
-    least `PAST_FLOOR`. Clamps
-    that raise the loss on benign answers by more than `max_benign_rise` nats per token are left out. That is measured
-    on the starting model: training can widen a neuron's activation gap, and the clamps must not grow with it until
-    they only make the model babble. If none is left there are no clamps, and rows are trained without.
+    least `PAST_FLOOR`. Clamps that raise the loss on benign answers by more than `max_benign_rise` nats per token are
+    left out. That is measured on the starting model: training can widen a neuron's activation gap, and the clamps must
+    not grow with it until they only make the model babble. If none is left there are no clamps, and rows are trained
+    without.
 
     candidates: the neurons of the past breakers are among them. known: such rises of the clamps that were kept at the
     last weighing, since that model does not change.
